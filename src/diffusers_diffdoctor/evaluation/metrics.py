@@ -1,0 +1,203 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Figures of merit as small pure functions.
+
+Shapes: images (B, 3, H, W) and artifact maps (B, 1, H, W), both floats in [0, 1]; 1 = artifact. Functions that return (B,)
+give one figure per image, so that images of different sizes can be averaged with equal weight.
+
+"The paper" is DiffDoctor, arXiv 2501.12382. It gives neither the formulas of its KL columns nor the rule behind "artifact
+frequency"; where a choice is ours, the docstring says so.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+def max_confidence(maps: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) -> (B,) in [0, 1]: the confidence of the worst pixel of each image."""
+    _check_maps(maps=maps)
+    return maps.flatten(1).amax(dim=1)
+
+
+def area_ratio(maps: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+    """(B, 1, H, W) -> (B,) in [0, 1]: the share of each image's pixels whose confidence is at least `threshold`."""
+    _check_maps(maps=maps)
+    return (maps >= threshold).flatten(1).float().mean(dim=1)
+
+
+def artifact_frequency(maps: torch.Tensor, threshold: float = 0.5) -> float:
+    """(B, 1, H, W) -> share in [0, 1] of the images with an artifact: maximum confidence of at least `threshold`.
+
+    The rule and the 0.5 are what others who report this figure use; the paper leaves them open. Measured with the detector
+    that was trained against, the figure is circular: use a judge that treatment never saw.
+    """
+    return (max_confidence(maps) >= threshold).double().mean().item()
+
+
+def map_mse(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) twice -> (B,): mean squared difference of the confidences over an image's pixels (the paper's L_AD)."""
+    _check_maps(predicted=predicted, target=target)
+    return (predicted - target).square().flatten(1).mean(dim=1)
+
+
+def kl_misses(predicted: torch.Tensor, target: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """(B, 1, H, W) twice -> (B,), nats per pixel, >= 0: how much the prediction says too little.
+
+    The Bernoulli divergence KL(target || predicted) of the pixels where predicted < target, over all pixels of the image.
+    With a 0/1 target that is the mean of -log(predicted) over artifact pixels, 0 elsewhere. Together with
+    [`kl_false_alarms`] it adds up to the whole divergence. The paper names its columns KL and KL(1-) and leaves the
+    formulas open; this one is ours. `eps` keeps predictions away from 0 and 1, where the divergence is infinite.
+    """
+    return _kl_where(predicted, target, predicted < target, eps)
+
+
+def kl_false_alarms(predicted: torch.Tensor, target: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """(B, 1, H, W) twice -> (B,), nats per pixel, >= 0: how much the prediction says too much. See [`kl_misses`].
+
+    With a 0/1 target that is the mean of -log(1 - predicted) over sound pixels, 0 elsewhere.
+    """
+    return _kl_where(predicted, target, predicted > target, eps)
+
+
+def _kl_where(predicted, target, where, eps):
+    _check_maps(predicted=predicted, target=target)
+    predicted, target, where = predicted.double(), target.double(), where.flatten(1)
+    q = predicted.clamp(eps, 1 - eps)
+    # xlogy(0, 0) = 0, so 0/1 targets need no clamp of their own
+    kl = torch.xlogy(target, target / q) + torch.xlogy(1 - target, (1 - target) / (1 - q))
+    # The clamp can push a prediction past a target closer to 0 or 1 than eps; what is left is rounding.
+    return (kl.flatten(1).clamp(min=0) * where).mean(dim=1).float()
+
+
+def error_rates(scores: torch.Tensor, wrong: torch.Tensor, threshold: float = 0.5) -> dict[str, float]:
+    """Error rates of a judge on images whose truth is known.
+
+    Args:
+        scores: (N,) maximum confidence of each image, in [0, 1].
+        wrong: (N,) bool, whether the image truly has an artifact.
+        threshold: the judge says "artifact" from this score on.
+
+    Returns:
+        `misses`: share of the wrong images called sound; `false_alarms`: share of the sound images called wrong. nan where
+        there is no image of that sort.
+    """
+    if scores.shape != wrong.shape or scores.ndim != 1:
+        raise ValueError(
+            f"`scores` and `wrong` must be 1-d and of one length, found {tuple(scores.shape)} and {tuple(wrong.shape)}."
+        )
+    wrong, called = wrong.bool(), scores >= threshold
+    return {
+        "misses": (~called[wrong]).double().mean().item(),
+        "false_alarms": called[~wrong].double().mean().item(),
+    }
+
+
+def pairwise_diversity(features: torch.Tensor, groups: Sequence[Hashable], distance: str = "cosine") -> float:
+    """How different the images of one group (one prompt, say) are from each other; 0 = all alike, higher is better.
+
+    The mean distance over all pairs within a group, then the mean over groups. Groups of one image have no pair and are
+    left out.
+
+    Args:
+        features: (N, F), one row per image, for example CLIP image embeddings.
+        groups: N labels; images with equal labels form a group.
+        distance: "cosine" (1 - cosine similarity, in [0, 2]) or "euclidean" (in units of the features).
+    """
+    if features.ndim != 2 or len(features) != len(groups):
+        raise ValueError(
+            f"`features` must be (N, F) with one row per entry of `groups`, found shape {tuple(features.shape)} and "
+            f"{len(groups)} groups."
+        )
+    if distance not in ("cosine", "euclidean"):
+        raise ValueError(f'`distance` must be "cosine" or "euclidean", found {distance!r}.')
+    members: dict[Hashable, list[int]] = {}
+    for index, group in enumerate(groups):
+        members.setdefault(group, []).append(index)
+    members = {group: indices for group, indices in members.items() if len(indices) > 1}
+    if not members:
+        raise ValueError(
+            "No entry of `groups` occurs twice, so there is no pair to compare: generate at least two images per group."
+        )
+    means = []
+    for indices in members.values():
+        rows = features[indices].double()
+        first, second = torch.triu_indices(len(rows), len(rows), offset=1)
+        if distance == "cosine":
+            distances = 1 - F.cosine_similarity(rows[first], rows[second], dim=1)
+        else:
+            distances = (rows[first] - rows[second]).norm(dim=1)
+        means.append(distances.mean().item())
+    return math.fsum(means) / len(means)
+
+
+def pixel_change(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    maps: torch.Tensor,
+    threshold: float = 0.1,
+    dilation: int | None = None,
+) -> dict[str, float]:
+    """Did the treatment change what was ill and leave the rest? Mean absolute change of the pixels, in [0, 1].
+
+    Args:
+        before: (B, 3, H, W) images in [0, 1].
+        after: (B, 3, H, W) images of the same prompts and seeds after the treatment.
+        maps: (B, 1, H, W) diagnosis of `before`.
+        threshold: a pixel belongs to the diagnosed region if its confidence is above this; 0.1 as in the pixel loss.
+        dilation: pixels by which the region is grown on each side, because a repair needs room; by default 1/32 of the
+            short side (ours).
+
+    Returns:
+        `inside` and `outside`: the mean over all such pixels of all images; nan if there is none.
+    """
+    _check_maps(maps=maps)
+    if before.shape != after.shape or before.ndim != 4 or before.shape[0] != maps.shape[0]:
+        raise ValueError(
+            "`before`, `after` and `maps` must belong to the same images, found shapes "
+            f"{tuple(before.shape)}, {tuple(after.shape)} and {tuple(maps.shape)}."
+        )
+    if before.shape[-2:] != maps.shape[-2:]:
+        raise ValueError(
+            f"`maps` must be as large as the images, {tuple(before.shape[-2:])}, found {tuple(maps.shape)}."
+        )
+    if dilation is None:
+        dilation = max(1, min(before.shape[-2:]) // 32)
+    sums, counts = {True: 0.0, False: 0.0}, {True: 0, False: 0}
+    for old, new, confidence in zip(before, after, maps):  # one at a time: as little memory for 1000 images as for one
+        region = dilate((confidence > threshold)[None].float(), dilation)[0, 0] > 0
+        change = (new.double() - old.double()).abs().mean(dim=0)
+        for inside in (True, False):
+            pixels = change[region == inside]
+            sums[inside] += pixels.sum().item()
+            counts[inside] += pixels.numel()
+    mean = {inside: sums[inside] / counts[inside] if counts[inside] else math.nan for inside in (True, False)}
+    return {"inside": mean[True], "outside": mean[False]}
+
+
+def dilate(maps: torch.Tensor, radius: int) -> torch.Tensor:
+    """(B, 1, H, W) -> same: each pixel becomes the maximum of the square of 2 * `radius` + 1 pixels around it."""
+    return F.max_pool2d(maps, kernel_size=2 * radius + 1, stride=1, padding=radius)
+
+
+def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+    """Confidence interval of a frequency (Wilson 1927), in [0, 1]; `z` is in standard deviations, 1.96 = 95 %.
+
+    It holds for independent images; images that share a prompt are not quite independent, and then it is too narrow.
+    """
+    if total < 1 or not 0 <= successes <= total:
+        raise ValueError(f"Expected 0 <= successes <= total and total >= 1, found {successes} of {total}.")
+    share, squared = successes / total, z * z / total
+    center = (share + squared / 2) / (1 + squared)
+    half = z * math.sqrt(share * (1 - share) / total + squared / (4 * total)) / (1 + squared)
+    return max(0.0, center - half), min(1.0, center + half)
+
+
+def _check_maps(**maps: torch.Tensor) -> None:
+    for name, value in maps.items():
+        if value.ndim != 4 or value.shape[1] != 1:
+            raise ValueError(f"`{name}` must be artifact maps of shape (B, 1, H, W), found {tuple(value.shape)}.")
+    if len({tuple(value.shape) for value in maps.values()}) > 1:
+        shapes = ", ".join(f"`{name}` {tuple(value.shape)}" for name, value in maps.items())
+        raise ValueError(f"The maps must have one shape, found {shapes}.")

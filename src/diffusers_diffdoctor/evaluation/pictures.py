@@ -1,0 +1,273 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Pictures for people: heatmaps over images, labelled grids, before/after grids, training curves."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+
+# Colour of a confidence: yellow is a suspicion, magenta a certainty. Nothing is drawn at 0, so the stop there is not seen.
+HEAT = {0.0: (1.0, 0.95, 0.35), 0.35: (1.0, 0.62, 0.05), 0.7: (0.93, 0.1, 0.1), 1.0: (0.72, 0.0, 0.5)}
+
+INK, FAINT_INK, PAPER, MISSING = (28, 32, 38), (104, 110, 120), (255, 255, 255), (240, 241, 243)
+MARGIN, GAP, BLOCK_GAP = 12, 4, 24
+
+Picture = torch.Tensor | Image.Image | None
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """(3, H, W) or (1, H, W) float in [0, 1], values outside are clipped -> PIL image, RGB or gray."""
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ValueError(f"`image` must be of shape (3, H, W) or (1, H, W), found {tuple(image.shape)}.")
+    array = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def heatmap_overlay(images: torch.Tensor, maps: torch.Tensor, alpha: float = 0.75) -> torch.Tensor:
+    """Lay the diagnosis over the images. Not meant to be differentiated.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        maps: (B, 1, H, W) in [0, 1], 1 = artifact.
+        alpha: opacity in [0, 1] of the colour where the confidence is 1; it falls linearly to none at 0.
+
+    Returns:
+        (B, 3, H, W) in [0, 1]: the image in paler colours, so that the heat stands out, under yellow, red and magenta.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or maps.shape != (images.shape[0], 1, *images.shape[2:]):
+        raise ValueError(
+            "`images` must be (B, 3, H, W) and `maps` (B, 1, H, W) of the same size, found "
+            f"{tuple(images.shape)} and {tuple(maps.shape)}."
+        )
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"`alpha` must be in [0, 1], found {alpha}.")
+    images, maps = images.detach().float().clamp(0, 1), maps.detach().to(images.device).float().clamp(0, 1)
+    gray = (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    pale = 0.45 * images + 0.55 * gray
+    weight = alpha * maps
+    return (1 - weight) * pale + weight * _heat(maps)
+
+
+def _heat(maps: torch.Tensor) -> torch.Tensor:
+    """(B, 1, H, W) in [0, 1] -> (B, 3, H, W): linear interpolation between the stops of `HEAT`."""
+    stops = list(HEAT)
+    colors = maps.new_tensor(list(HEAT.values()))
+    upper = torch.bucketize(maps[:, 0].contiguous(), maps.new_tensor(stops[1:-1]), right=True) + 1
+    positions = maps.new_tensor(stops)
+    low, high = positions[upper - 1], positions[upper]
+    share = ((maps[:, 0] - low) / (high - low)).unsqueeze(-1)
+    return ((1 - share) * colors[upper - 1] + share * colors[upper]).permute(0, 3, 1, 2)
+
+
+def image_grid(
+    rows: Sequence[Sequence[Picture]],
+    column_labels: Sequence[str] | None = None,
+    captions: Sequence[str] | None = None,
+    tile_size: int = 192,
+) -> Image.Image:
+    """Images in rows, with a label over each column and a caption over each row.
+
+    Args:
+        rows: equally many pictures per row: tensors (3, H, W) in [0, 1], PIL images, or None for an empty place.
+        column_labels: one for each column.
+        captions: one for each row, written over it and cut after two lines.
+        tile_size: width of a column in pixels. Larger images are shrunk to fit; smaller ones are enlarged by a whole
+            factor with their pixels kept square, so that a 64-pixel image can be judged.
+    """
+    rows = [[_tile(picture, tile_size) for picture in row] for row in rows]
+    if not rows or not rows[0]:
+        raise ValueError("`rows` has no picture in it.")
+    columns = len(rows[0])
+    if any(len(row) != columns for row in rows):
+        raise ValueError(f"`rows` must be of one length, found lengths {[len(row) for row in rows]}.")
+    if column_labels is not None and len(column_labels) != columns:
+        raise ValueError(f"`column_labels` has {len(column_labels)} entries for {columns} columns.")
+    if captions is not None and len(captions) != len(rows):
+        raise ValueError(f"`captions` has {len(captions)} entries for {len(rows)} rows.")
+
+    font, small = _font(15), _font(13)
+    cell = max([tile_size] + [tile.width for row in rows for tile in row if tile])
+    width = 2 * MARGIN + columns * cell + (columns - 1) * GAP
+    # The drawing happens twice: once on nothing to find out the height, once for real.
+    canvas = None
+    for height in (None, "measured"):
+        draw = ImageDraw.Draw(canvas or Image.new("RGB", (1, 1)))
+        y = MARGIN
+        if column_labels is not None:
+            for column, label in enumerate(column_labels):
+                x = MARGIN + column * (cell + GAP)
+                draw.text((x, y), _fit(label, font, cell), fill=INK, font=font)
+            y += 24
+        for index, row in enumerate(rows):
+            if captions is not None:
+                for line in _wrap(captions[index], small, width - 2 * MARGIN, lines=2):
+                    draw.text((MARGIN, y), _printable(line, small), fill=FAINT_INK, font=small)
+                    y += 18
+                y += 3
+            row_height = max([tile.height for tile in row if tile], default=cell)
+            for column, tile in enumerate(row):
+                x = MARGIN + column * (cell + GAP)
+                if tile is None:
+                    draw.rectangle((x, y, x + cell - 1, y + row_height - 1), fill=MISSING)
+                elif canvas is not None:
+                    canvas.paste(tile, (x + (cell - tile.width) // 2, y))
+            y += row_height + (MARGIN if captions is not None else GAP)
+        if height is None:
+            canvas = Image.new("RGB", (width, y - GAP + MARGIN), PAPER)
+    return canvas
+
+
+def before_after_grid(
+    before: torch.Tensor,
+    after: torch.Tensor,
+    before_maps: torch.Tensor,
+    after_maps: torch.Tensor,
+    captions: Sequence[str] | None = None,
+    columns: int = 2,
+    tile_size: int = 192,
+) -> Image.Image:
+    """The same prompts and seeds, before | heatmap | after | heatmap, in `columns` blocks beside each other.
+
+    Args:
+        before, after: (B, 3, H, W) in [0, 1].
+        before_maps, after_maps: (B, 1, H, W) in [0, 1].
+        captions: B texts, usually the prompts.
+    """
+    count = len(before)
+    if not (len(after) == len(before_maps) == len(after_maps) == count) or count == 0:
+        raise ValueError(
+            "`before`, `after` and their maps must have equally many images, at least one, found "
+            f"{count}, {len(after)}, {len(before_maps)} and {len(after_maps)}."
+        )
+    ill, treated = heatmap_overlay(before, before_maps), heatmap_overlay(after, after_maps)
+    rows = [list(row) for row in zip(before, ill, after, treated)]
+    per_block = math.ceil(count / max(1, min(columns, count)))
+    blocks = []
+    for start in range(0, count, per_block):
+        part = slice(start, start + per_block)
+        blocks.append(
+            image_grid(
+                rows[part],
+                column_labels=["before", "diagnosis", "after", "diagnosis"],
+                captions=None if captions is None else captions[part],
+                tile_size=tile_size,
+            )
+        )
+    width = sum(block.width for block in blocks) + BLOCK_GAP * (len(blocks) - 1)
+    canvas = Image.new("RGB", (width, max(block.height for block in blocks)), PAPER)
+    x = 0
+    for block in blocks:
+        canvas.paste(block, (x, 0))
+        x += block.width + BLOCK_GAP
+    return canvas
+
+
+def plot_curves(
+    history: Sequence[Mapping[str, object]], path: str | os.PathLike, keys: Sequence[str] | None = None
+) -> Path | None:
+    """Draw a training log as small multiples: one panel for each metric, over the steps.
+
+    Args:
+        history: rows like those of `trainer.state.log_history`: each has a "step" and some numbers. A key and the same key
+            with the prefix "eval_" share a panel.
+        path: PNG file to write.
+        keys: the metrics to draw, without "eval_"; by default every number of the log that is not about time or speed.
+
+    Returns:
+        The path, or None if the log has nothing to draw (then no file is written).
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: the user's backend stays as it is
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for row in history:
+        for key, value in row.items():
+            if key == "step" or isinstance(value, bool) or not isinstance(value, (int, float)) or "step" not in row:
+                continue
+            name = key.removeprefix("eval_")
+            if name in keys if keys is not None else not _is_bookkeeping(key):
+                curve = "evaluation" if key.startswith("eval_") else "training"
+                panels.setdefault(name, {}).setdefault(curve, []).append((row["step"], value))
+    if not panels:
+        return None
+
+    columns = min(3, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(4.2 * columns, 2.7 * lines), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis, (name, curves) in zip(axes, panels.items()):
+        for curve, color in (("training", "#3b6fb6"), ("evaluation", "#d1495b")):
+            if curve in curves:
+                steps, values = zip(*curves[curve])
+                marker = "o" if len(steps) <= 20 else None
+                axis.plot(steps, values, color=color, marker=marker, markersize=3, linewidth=1.4, label=curve)
+        axis.set_title(name.replace("_", " "), fontsize=10, loc="left", color="#1c2026")
+        axis.grid(color="#e4e6ea", linewidth=0.7)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        if len(curves) > 1:
+            axis.legend(fontsize=8, frameon=False)
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel("step", fontsize=8)
+    path = Path(path)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    figure.savefig(unfinished, format="png")
+    os.replace(unfinished, path)
+    return path
+
+
+def _is_bookkeeping(key: str) -> bool:
+    return key in ("epoch", "total_flos") or key.endswith(("_runtime", "_per_second", "_per_step", "_time"))
+
+
+def _tile(picture: Picture, size: int) -> Image.Image | None:
+    if picture is None:
+        return None
+    image = (to_pil(picture) if isinstance(picture, torch.Tensor) else picture).convert("RGB")
+    longest = max(image.size)
+    if longest > size:
+        scale = size / longest
+        return image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
+    factor = size // longest
+    return image.resize([side * factor for side in image.size], Image.Resampling.NEAREST) if factor > 1 else image
+
+
+def _font(size: int):
+    # Pillow's own font: the same letters on every machine. Without FreeType it is a small bitmap font of Latin letters.
+    return ImageFont.load_default(size)
+
+
+def _printable(text: str, font) -> str:
+    return text if isinstance(font, ImageFont.FreeTypeFont) else text.encode("latin-1", "replace").decode("latin-1")
+
+
+def _fit(text: str, font, width: int) -> str:
+    """Cut the text, with an ellipsis, until it is at most `width` pixels wide."""
+    text = _printable(" ".join(text.split()), font)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def _wrap(text: str, font, width: int, lines: int) -> list[str]:
+    """At most `lines` lines of at most `width` pixels; the last one ends in an ellipsis if text is left."""
+    words, result = text.split(), []
+    while words and len(result) < lines - 1:
+        taken = 1
+        while taken < len(words) and font.getlength(_printable(" ".join(words[: taken + 1]), font)) <= width:
+            taken += 1
+        result.append(_fit(" ".join(words[:taken]), font, width))
+        words = words[taken:]
+    return result + ([_fit(" ".join(words), font, width)] if words else [])
