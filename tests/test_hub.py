@@ -5,7 +5,6 @@
 as it would for a user; `hub.python(code)` runs one.
 """
 
-import json
 import os
 import subprocess
 import sys
