@@ -1,0 +1,78 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""The documentation says what is: pages, links, names, arguments and defaults are compared with the code."""
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import yaml
+
+import diffusers_diffdoctor
+
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs/source"
+PAGES = sorted(DOCS.glob("*.md"))
+PUBLIC = set(diffusers_diffdoctor.__all__)
+
+
+def python_blocks(page: Path, marked: str = "") -> list[str]:
+    return [
+        textwrap.dedent(code) for code in re.findall(marked + r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+    ]
+
+
+def test_the_table_of_contents_lists_every_page():
+    toctree = yaml.safe_load((DOCS / "_toctree.yml").read_text("utf-8"))
+    listed = [entry["local"] for part in toctree for entry in part["sections"]]
+    assert sorted(listed) == [page.stem for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_and_names_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert {link for link in links if link} <= {page.stem for page in PAGES}
+    names = re.findall(r"\[`~?(?:diffusers_diffdoctor\.)?(\w+)(?:\.\w+)*`\]", text) + re.findall(
+        r"\[\[autodoc\]\] (\w+)", text
+    )
+    assert set(names) <= PUBLIC
+    files = re.findall(r"`((?:src|tests|docs|examples)/[\w./]+)`", text)
+    assert [path for path in files if not (ROOT / path).exists()] == []
+
+
+def test_the_reference_lists_every_public_name():
+    listed = re.findall(r"\[\[autodoc\]\] (\w+)", (DOCS / "reference.md").read_text("utf-8"))
+    assert sorted(listed) == sorted(PUBLIC - {"__version__"})
+
+
+def test_the_reference_lists_methods_that_exist():
+    for name, methods in re.findall(
+        r"\[\[autodoc\]\] (\w+)\n((?:    - \w+\n)*)", (DOCS / "reference.md").read_text("utf-8")
+    ):
+        for method in re.findall(r"- (\w+)", methods):
+            assert getattr(getattr(diffusers_diffdoctor, name), method).__doc__, f"{name}.{method}"
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
+def test_snippets_call_our_classes_with_arguments_that_exist(page):
+    for code in python_blocks(page):
+        for call in ast.walk(ast.parse(code)):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in PUBLIC:
+                accepted = inspect.signature(getattr(diffusers_diffdoctor, call.func.id)).parameters
+                assert {keyword.arg for keyword in call.keywords} <= set(accepted), call.func.id
+
+
+def test_the_paper_index_states_the_defaults():
+    text = (DOCS / "paper_index.md").read_text("utf-8")
+    rows = [row for row in text.split("## Detector")[0].splitlines() if row.startswith("|")]
+    column = " ".join(row.split("|")[3] for row in rows if not row.startswith("| alternatives"))
+    stated = {name: ast.literal_eval(value) for name, value in re.findall(r"`(\w+)=([^`]+)`", column)}
+    fields = {field.name: field.default for field in dataclasses.fields(diffusers_diffdoctor.PixelRewardConfig)}
+    assert stated == {name: fields[name] for name in stated}
+    assert len(stated) >= 8
+    assert set(re.findall(r"`(\w+)`", column)) - {"peft_config", "PixelRewardConfig"} <= set(fields)
