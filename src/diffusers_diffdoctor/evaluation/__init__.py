@@ -11,9 +11,12 @@ from .metrics import (
     max_confidence,
     pairwise_diversity,
     pixel_change,
+    sharpness,
     wilson_interval,
 )
 from .pictures import before_after_grid, heatmap_overlay, image_grid, plot_curves, to_pil
+from .report import html_report
+from .treatment_report import print_summary, treatment_report
 
 
 __all__ = [
@@ -22,6 +25,7 @@ __all__ = [
     "before_after_grid",
     "error_rates",
     "heatmap_overlay",
+    "html_report",
     "image_grid",
     "kl_false_alarms",
     "kl_misses",
@@ -30,6 +34,9 @@ __all__ = [
     "pairwise_diversity",
     "pixel_change",
     "plot_curves",
+    "print_summary",
+    "sharpness",
     "to_pil",
+    "treatment_report",
     "wilson_interval",
 ]

@@ -181,6 +181,16 @@ def dilate(maps: torch.Tensor, radius: int) -> torch.Tensor:
     return F.max_pool2d(maps, kernel_size=2 * radius + 1, stride=1, padding=radius)
 
 
+def sharpness(images: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) in [0, 1] -> (B,): mean absolute Laplacian of the brightness (4 neighbours; flat images give 0).
+
+    Reward tuning can collapse into blur, which lowers it, or into grid patterns, which raise it; ours.
+    """
+    gray = images.float().mean(dim=1, keepdim=True)
+    kernel = gray.new_tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]).view(1, 1, 3, 3)
+    return F.conv2d(gray, kernel).abs().flatten(1).mean(dim=1)
+
+
 def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
     """Confidence interval of a frequency (Wilson 1927), in [0, 1]; `z` is in standard deviations, 1.96 = 95 %.
 

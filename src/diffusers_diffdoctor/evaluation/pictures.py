@@ -17,7 +17,7 @@ HEAT = {0.0: (1.0, 0.95, 0.35), 0.35: (1.0, 0.62, 0.05), 0.7: (0.93, 0.1, 0.1), 
 INK, FAINT_INK, PAPER, MISSING = (28, 32, 38), (104, 110, 120), (255, 255, 255), (240, 241, 243)
 MARGIN, GAP, BLOCK_GAP = 12, 4, 24
 
-Picture = torch.Tensor | Image.Image | None
+Tile = torch.Tensor | Image.Image | None
 
 
 def to_pil(image: torch.Tensor) -> Image.Image:
@@ -65,7 +65,7 @@ def _heat(maps: torch.Tensor) -> torch.Tensor:
 
 
 def image_grid(
-    rows: Sequence[Sequence[Picture]],
+    rows: Sequence[Sequence[Tile]],
     column_labels: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
     tile_size: int = 192,
@@ -206,8 +206,11 @@ def plot_curves(
         for curve, color in (("training", "#3b6fb6"), ("evaluation", "#d1495b")):
             if curve in curves:
                 steps, values = zip(*curves[curve])
-                marker = "o" if len(steps) <= 20 else None
-                axis.plot(steps, values, color=color, marker=marker, markersize=3, linewidth=1.4, label=curve)
+                few = len(steps) <= 40
+                if not few:  # the curve is the running mean, the measurements stand faintly behind it
+                    axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
+                    values = _running_mean(values, window=len(values) // 20)
+                axis.plot(steps, values, color=color, marker="o" * few, markersize=3, linewidth=1.5, label=curve)
         axis.set_title(name.replace("_", " "), fontsize=10, loc="left", color="#1c2026")
         axis.grid(color="#e4e6ea", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
@@ -226,11 +229,18 @@ def plot_curves(
     return path
 
 
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean of the last `window` values, of fewer at the beginning."""
+    return [float(np.mean(values[max(0, end - window) : end])) for end in range(1, len(values) + 1)]
+
+
 def _is_bookkeeping(key: str) -> bool:
-    return key in ("epoch", "total_flos") or key.endswith(("_runtime", "_per_second", "_per_step", "_time"))
+    return key in ("epoch", "total_flos", "train_loss") or key.endswith(
+        ("_runtime", "_per_second", "_per_step", "_time")
+    )
 
 
-def _tile(picture: Picture, size: int) -> Image.Image | None:
+def _tile(picture: Tile, size: int) -> Image.Image | None:
     if picture is None:
         return None
     image = (to_pil(picture) if isinstance(picture, torch.Tensor) else picture).convert("RGB")
