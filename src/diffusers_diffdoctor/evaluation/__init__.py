@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Measure, show and report: metrics of confidence maps, pictures, HTML reports and the report of a treatment."""
 
+from .diagnosis import diagnose_images, find_images, tiled_confidence
 from .metrics import (
     area_ratio,
     artifact_frequency,
@@ -14,7 +15,7 @@ from .metrics import (
     sharpness,
     wilson_interval,
 )
-from .pictures import before_after_grid, heatmap_overlay, image_grid, plot_curves, to_pil
+from .pictures import before_after_grid, heatmap_overlay, image_grid, plot_curves, read_image, to_pil
 from .report import html_report
 from .treatment_report import print_summary, treatment_report
 
@@ -23,7 +24,9 @@ __all__ = [
     "area_ratio",
     "artifact_frequency",
     "before_after_grid",
+    "diagnose_images",
     "error_rates",
+    "find_images",
     "heatmap_overlay",
     "html_report",
     "image_grid",
@@ -35,7 +38,9 @@ __all__ = [
     "pixel_change",
     "plot_curves",
     "print_summary",
+    "read_image",
     "sharpness",
+    "tiled_confidence",
     "to_pil",
     "treatment_report",
     "wilson_interval",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 # Colour of a confidence: yellow is a suspicion, magenta a certainty. Nothing is drawn at 0, so the stop there is not seen.
@@ -16,6 +16,8 @@ HEAT = {0.0: (1.0, 0.95, 0.35), 0.35: (1.0, 0.62, 0.05), 0.7: (0.93, 0.1, 0.1), 
 
 INK, FAINT_INK, PAPER, MISSING = (28, 32, 38), (104, 110, 120), (255, 255, 255), (240, 241, 243)
 MARGIN, GAP, BLOCK_GAP = 12, 4, 24
+
+READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 Tile = torch.Tensor | Image.Image | None
 
@@ -26,6 +28,32 @@ def to_pil(image: torch.Tensor) -> Image.Image:
         raise ValueError(f"`image` must be of shape (3, H, W) or (1, H, W), found {tuple(image.shape)}.")
     array = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
+
+
+def read_image(path: str | os.PathLike) -> Image.Image:
+    """Read an image of unknown origin as RGB, upright, transparent parts on white; the first frame of an animation.
+
+    Only the formats of `READABLE_FORMATS` are tried, whatever the file is called, because every further decoder is one more
+    that a crafted file can attack.
+
+    Raises:
+        Exception: the file is missing, in another format, broken or cut short (mostly `OSError`), or unpacks to more pixels
+            than `PIL.Image.MAX_IMAGE_PIXELS` (`PIL.Image.DecompressionBombError`; Pillow itself only warns up to twice as
+            many). Decoders raise many types; catch `Exception` where a bad file must not stop the rest.
+    """
+    with Image.open(path, formats=READABLE_FORMATS) as image:
+        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(
+                f"{image.width} x {image.height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS}"
+            )
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits per pixel, which `convert` would clip at 255
+            return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
+        return image.convert("RGB")
 
 
 def heatmap_overlay(images: torch.Tensor, maps: torch.Tensor, alpha: float = 0.75) -> torch.Tensor:
@@ -69,6 +97,7 @@ def image_grid(
     column_labels: Sequence[str] | None = None,
     captions: Sequence[str] | None = None,
     tile_size: int = 192,
+    margin: int = MARGIN,
 ) -> Image.Image:
     """Images in rows, with a label over each column and a caption over each row.
 
@@ -78,6 +107,7 @@ def image_grid(
         captions: one for each row, written over it and cut after two lines.
         tile_size: width of a column in pixels. Larger images are shrunk to fit; smaller ones are enlarged by a whole
             factor with their pixels kept square, so that a 64-pixel image can be judged.
+        margin: white pixels around the whole.
     """
     rows = [[_tile(picture, tile_size) for picture in row] for row in rows]
     if not rows or not rows[0]:
@@ -92,33 +122,29 @@ def image_grid(
 
     font, small = _font(15), _font(13)
     cell = max([tile_size] + [tile.width for row in rows for tile in row if tile])
-    width = 2 * MARGIN + columns * cell + (columns - 1) * GAP
-    # The drawing happens twice: once on nothing to find out the height, once for real.
-    canvas = None
-    for height in (None, "measured"):
-        draw = ImageDraw.Draw(canvas or Image.new("RGB", (1, 1)))
-        y = MARGIN
-        if column_labels is not None:
-            for column, label in enumerate(column_labels):
-                x = MARGIN + column * (cell + GAP)
-                draw.text((x, y), _fit(label, font, cell), fill=INK, font=font)
-            y += 24
-        for index, row in enumerate(rows):
-            if captions is not None:
-                for line in _wrap(captions[index], small, width - 2 * MARGIN, lines=2):
-                    draw.text((MARGIN, y), _printable(line, small), fill=FAINT_INK, font=small)
-                    y += 18
-                y += 3
-            row_height = max([tile.height for tile in row if tile], default=cell)
-            for column, tile in enumerate(row):
-                x = MARGIN + column * (cell + GAP)
-                if tile is None:
-                    draw.rectangle((x, y, x + cell - 1, y + row_height - 1), fill=MISSING)
-                elif canvas is not None:
-                    canvas.paste(tile, (x + (cell - tile.width) // 2, y))
-            y += row_height + (MARGIN if captions is not None else GAP)
-        if height is None:
-            canvas = Image.new("RGB", (width, y - GAP + MARGIN), PAPER)
+    width = 2 * margin + columns * cell + (columns - 1) * GAP
+    texts = [_wrap(caption, small, width - 2 * margin, lines=2) for caption in captions or [""] * len(rows)]
+    heights = [max([tile.height for tile in row if tile], default=cell) for row in rows]
+    spaces = [18 * len(lines) + 3 * bool(lines) for lines in texts]  # over each row, for its caption
+    between = GAP if captions is None else MARGIN
+    head = margin + 24 * (column_labels is not None)
+    canvas = Image.new("RGB", (width, head + sum(spaces) + sum(heights) + between * (len(rows) - 1) + margin), PAPER)
+    draw = ImageDraw.Draw(canvas)
+
+    for column, label in enumerate(column_labels or ()):
+        draw.text((margin + column * (cell + GAP), margin), _fit(label, font, cell), fill=INK, font=font)
+    y = head
+    for row, lines, space, height in zip(rows, texts, spaces, heights):
+        for number, line in enumerate(lines):
+            draw.text((margin, y + 18 * number), line, fill=FAINT_INK, font=small)
+        y += space
+        for column, tile in enumerate(row):
+            x = margin + column * (cell + GAP)
+            if tile is None:
+                draw.rectangle((x, y, x + cell - 1, y + height - 1), fill=MISSING)
+            else:
+                canvas.paste(tile, (x + (cell - tile.width) // 2, y))
+        y += height + between
     return canvas
 
 

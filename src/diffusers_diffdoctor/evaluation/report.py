@@ -86,7 +86,7 @@ def html_report(
     html = environment.get_template(TEMPLATE).render(
         title=title, summary=summary, figures=figures, sections=sections, inline=inline_image, version=__version__
     )
-    return write_atomically(path, html.encode("utf-8"))
+    return write_atomically(path, html.encode("utf-8", "replace"))  # file names need not be UTF-8
 
 
 def inline_image(image: Image.Image | str | os.PathLike) -> str:

@@ -1,0 +1,127 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""`diffdoctor diagnose PATH... --output DIR`: heatmaps, a table and a ranked report of image files."""
+
+import argparse
+
+
+MINIATURE = "miniature"  # `--detector miniature` is the bundled detector of 64-pixel scenes
+COLUMNS = "{:>5}  {:>10}  {:>7}  {}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "paths", nargs="+", metavar="PATH", help="image files, or folders that are searched for images"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="folder for the report; run again to continue"
+    )
+    parser.add_argument(
+        "--detector",
+        default="diffdoctor/detector",
+        metavar="NAME",
+        help="Hub id or folder of a detector (default: %(default)s); `miniature` is the bundled one for its scenes",
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="confidence in (0, 1] from which a pixel is an artifact (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--tile", action="store_true", help="also look at large images piece by piece: finds smaller artifacts, slower"
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=8,
+        help="most images at a time, fewer if memory runs out (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="list the K cleanest images, for the best of N samples"
+    )
+    parser.add_argument("--device", default=None, help="such as cpu, cuda, cuda:1, mps; by default the best there is")
+    parser.add_argument("--workers", type=int, default=4, help="threads that read images (default: %(default)s)")
+    parser.add_argument("--restart", action="store_true", help="replace a diagnosis with other settings in DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..evaluation import diagnose_images, find_images
+
+    find_images(args.paths, excluded=args.output)  # a wrong path is said before a detector is loaded
+    detector = load_detector(args.detector, args.device)
+    try:
+        result = diagnose_images(
+            args.paths,
+            args.output,
+            detector,
+            detector_name=args.detector,
+            threshold=args.threshold,
+            tile=args.tile,
+            batch_size=args.batch_size,
+            top_k=args.top_k,
+            restart=args.restart,
+            workers=args.workers,
+        )
+    except KeyboardInterrupt:
+        print(f"\nStopped. What is done is kept in {args.output}: run the same command again to continue.")
+        return 130
+    _print(result)
+    return 0 if result["diagnosed"] else 1
+
+
+def load_detector(name: str, device: str | None = None):
+    """The detector of a Hub id, a folder, or "miniature", on the device, in evaluation mode.
+
+    Raises:
+        ValueError: there is a model, but not a detector of this package; or the device does not exist.
+        OSError: there is no such model, or the Hub cannot be reached.
+    """
+    import torch
+    from transformers import PreTrainedConfig
+
+    from ..detector import ArtifactDetectorConfig, ArtifactDetectorForSemanticSegmentation
+
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"`--device {device}` cannot be used here: {str(error).splitlines()[0]}") from error
+    location = name
+    if name == MINIATURE:
+        from ..miniature import load
+
+        location = load("detector")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(location)
+    except OSError as error:
+        raise OSError(
+            f"`--detector {name}` is neither a folder with a config.json nor a model that the Hub gives out. To use the "
+            f"weights that the paper's authors released, convert them with `diffdoctor convert-detector`. ({error})"
+        ) from error
+    found, expected = config.get("model_type"), ArtifactDetectorConfig.model_type
+    if found != expected:
+        raise ValueError(
+            f"`--detector {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. Train one, "
+            "or convert the authors' release with `diffdoctor convert-detector`."
+        )
+    return ArtifactDetectorForSemanticSegmentation.from_pretrained(location).to(device).eval()
+
+
+def _print(result: dict) -> None:
+    print(f"{result['images']} files = {result['diagnosed']} diagnosed + {result['quarantined']} quarantined")
+    if result["resumed"]:
+        print(f"{result['resumed']} of them were diagnosed by an earlier run")
+    if result["dropped"]:
+        print(f"{result['dropped']} images of an earlier run are not among the paths now and left the report")
+    if result["diagnosed"]:
+        low, high = result["interval"]
+        share = 100 * result["artifacts"] / result["diagnosed"]
+        print(f"{result['artifacts']} with an artifact: {share:.1f} % (95 %: {100 * low:.1f} to {100 * high:.1f} %)")
+    if result["best"]:
+        print("\nThe cleanest:\n" + COLUMNS.format("rank", "confidence", "area", "image"))
+        for row in result["best"]:
+            area = f"{100 * row['area_ratio']:.2f} %"
+            print(COLUMNS.format(row["rank"], f"{row['max_confidence']:.4f}", area, row["path"]))
+        print()
+    print(f"Report: {result['report']}")
