@@ -50,7 +50,7 @@ def kl_misses(predicted: torch.Tensor, target: torch.Tensor, eps: float = 1e-6) 
     [`kl_false_alarms`] it adds up to the whole divergence. The paper names its columns KL and KL(1-) and leaves the
     formulas open; this one is ours. `eps` keeps predictions away from 0 and 1, where the divergence is infinite.
     """
-    return _kl_where(predicted, target, predicted < target, eps)
+    return _kl_where(torch.lt, predicted, target, eps)
 
 
 def kl_false_alarms(predicted: torch.Tensor, target: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -58,12 +58,13 @@ def kl_false_alarms(predicted: torch.Tensor, target: torch.Tensor, eps: float = 
 
     With a 0/1 target that is the mean of -log(1 - predicted) over sound pixels, 0 elsewhere.
     """
-    return _kl_where(predicted, target, predicted > target, eps)
+    return _kl_where(torch.gt, predicted, target, eps)
 
 
-def _kl_where(predicted, target, where, eps):
+def _kl_where(compare, predicted, target, eps):
     _check_maps(predicted=predicted, target=target)
-    predicted, target, where = predicted.double(), target.double(), where.flatten(1)
+    predicted, target = predicted.double(), target.double()
+    where = compare(predicted, target).flatten(1)
     q = predicted.clamp(eps, 1 - eps)
     # xlogy(0, 0) = 0, so 0/1 targets need no clamp of their own
     kl = torch.xlogy(target, target / q) + torch.xlogy(1 - target, (1 - target) / (1 - q))

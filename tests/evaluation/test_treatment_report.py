@@ -1,0 +1,240 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""The report of a treatment against figures worked out by hand."""
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_diffdoctor.evaluation import print_summary, treatment_report
+
+
+class BrightnessJudge:
+    """Calls bright red ill: the confidence of a pixel is its red channel times `scale`."""
+
+    def __init__(self, scale):
+        self.scale, self.batches = scale, []
+
+    def confidence(self, images):
+        self.batches.append(len(images))
+        return self.scale * images[:, :1]
+
+
+# Reddest pixel of each of six images; everything else is 0.2 gray.
+BEFORE = [0.9, 0.8, 0.7, 0.6, 0.3, 0.5]
+AFTER = [0.1, 0.55, 0.3, 0.2, 0.6, 0.2]
+PROMPTS = ["a hand", "a hand", "a face", "a face", "a dog", "a dog"]
+CATEGORIES = ["hand", "hand", "face", "face", "dog", "dog"]
+LOG = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+
+
+def images(reds):
+    result = torch.full((len(reds), 3, 16, 16), 0.2)
+    result[:, 0, 8, 8] = torch.tensor(reds)
+    return result
+
+
+def features(images):
+    return torch.stack([images[:, 0, 8, 8], images[:, 1, 8, 8]], dim=1)
+
+
+def fidelity(images, prompts):
+    return torch.tensor([100 * float(image[0, 8, 8]) + len(prompt) for image, prompt in zip(images, prompts)])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    judges = {"judge": BrightnessJudge(1.0), "detector": BrightnessJudge(0.8)}
+    report = treatment_report(
+        images(BEFORE),
+        images(AFTER),
+        PROMPTS,
+        folder,
+        judges=judges,
+        seeds=range(10, 16),
+        categories=CATEGORIES,
+        fidelity=fidelity,
+        fidelity_name="CLIP score",
+        features=features,
+        judge_error_rates={"misses": 0.03, "false_alarms": 0.02},
+        training_log=LOG,
+        lora_dir="runs/lora",
+        base_model="runs/base",
+        details={"rank": 16, "nothing": math.nan},
+        batch_size=4,
+        show_progress=False,
+    )
+    assert judges["judge"].batches == [4, 2, 4, 2]
+    return report, folder
+
+
+def test_frequencies(made):
+    frequency = made[0]["artifact_frequency"]
+    # >= 0.5: 0.9 0.8 0.7 0.6 0.5 before; 0.55 0.6 after
+    assert frequency["judge"]["before"] == pytest.approx(5 / 6)
+    assert frequency["judge"]["after"] == pytest.approx(2 / 6)
+    assert (frequency["judge"]["healed"], frequency["judge"]["harmed"]) == (4, 1)
+    # times 0.8: 0.72 0.64 0.56 before; none after
+    assert frequency["detector"]["before"] == pytest.approx(3 / 6)
+    assert frequency["detector"]["after"] == 0
+    low, high = frequency["judge"]["before_interval"]
+    assert low < 5 / 6 < high < 1
+    assert frequency["detector"]["after_interval"][0] == 0
+
+
+def test_categories(made):
+    table = made[0]["categories"]
+    assert list(table) == ["dog", "face", "hand"]
+    rates = {
+        name: (row["judge"]["before"], row["judge"]["after"], row["judge"]["images"]) for name, row in table.items()
+    }
+    assert rates == {"dog": (0.5, 0.5, 2), "face": (1.0, 0.0, 2), "hand": (1.0, 0.5, 2)}
+
+
+def test_fidelity_is_paired(made):
+    result = made[0]["fidelity"]
+    lengths = sum(map(len, PROMPTS)) / 6
+    assert result["before"] == pytest.approx(100 * sum(BEFORE) / 6 + lengths, rel=1e-5)
+    assert result["after"] == pytest.approx(100 * sum(AFTER) / 6 + lengths, rel=1e-5)
+    differences = [100 * (new - old) for old, new in zip(BEFORE, AFTER)]
+    mean = sum(differences) / 6
+    spread = math.sqrt(sum((x - mean) ** 2 for x in differences) / 5 / 6)
+    assert result["difference_interval"] == pytest.approx(
+        [mean - 1.959964 * spread, mean + 1.959964 * spread], rel=1e-4
+    )
+
+
+def test_diversity_is_within_prompts(made):
+    def cosine(x, y):
+        return 1 - (x * y + 0.04) / (math.hypot(x, 0.2) * math.hypot(y, 0.2))
+
+    for side, reds in (("before", BEFORE), ("after", AFTER)):
+        wanted = sum(cosine(reds[i], reds[i + 1]) for i in (0, 2, 4)) / 3
+        assert made[0]["diversity"][side] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_change_is_around_what_the_first_judge_saw(made):
+    # The gray 0.2 is above the 0.1 of the pixel loss, so everything is inside.
+    change = made[0]["change"]
+    assert change["outside"] is None
+    assert change["inside"] == pytest.approx(
+        sum(abs(new - old) for old, new in zip(BEFORE, AFTER)) / 3 / 256 / 6, rel=1e-4
+    )
+    assert change["region_of"] == "judge"
+
+
+def test_files(made):
+    report, folder = made
+    assert sorted(file.name for file in folder.iterdir()) == ["curves.png", "report.html", "report.json", "report.png"]
+    assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
+    assert report["counts"] == {"images": 6, "prompts": 3, "diversity_images": 6, "height": 16, "width": 16}
+    assert report["judge_error_rates"] == {"misses": 0.03, "false_alarms": 0.02}
+    assert report["details"] == {"rank": 16, "nothing": None}
+    assert report["images"][4] == {
+        "prompt": "a dog",
+        "seed": 14,
+        "category": "dog",
+        "judge": {"before": pytest.approx(0.3), "after": pytest.approx(0.6)},
+        "detector": {"before": pytest.approx(0.24), "after": pytest.approx(0.48)},
+    }
+    assert report["training_log"] == LOG
+    assert Image.open(folder / "report.png").width > 4 * 192
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "83.3 % → 33.3 %" in html and "CLIP score" in html and "runs/lora" in html
+    assert html.count("data:image/") == 2 and "http" not in html.replace("http-equiv", "")
+
+
+def test_summary_says_how_to_use_the_result(made):
+    text = io.StringIO()
+    print_summary(made[0], file=text)
+    lines = text.getvalue().splitlines()
+    (row,) = [line for line in lines if "artifact frequency, judge" in line]
+    assert row.split()[3:7] == ["83.3", "%", "33.3", "%"]
+    code = "\n".join(line.strip() for line in lines[-3:])
+    compile(code, "summary", "exec")
+    assert 'from_pretrained("runs/base")' in code and 'load_lora_weights("runs/lora")' in code
+    assert any("misses 3.0 %" in line for line in lines)
+
+
+def test_least_input(tmp_path):
+    report = treatment_report(
+        images([0.9]), images([0.1]), ["a hand"], tmp_path, judges={"judge": BrightnessJudge(1.0)}, show_progress=False
+    )
+    assert report["artifact_frequency"]["judge"]["before"] == 1
+    assert report["fidelity"]["before"] is None and report["diversity"] == {"before": None, "after": None}
+    assert report["categories"] == {} and report["judge_error_rates"] is None
+    assert not (tmp_path / "curves.png").exists()
+    print_summary(report, file=io.StringIO())
+
+
+def test_diversity_from_images_of_its_own(tmp_path):
+    report = treatment_report(
+        images([0.9, 0.8]),
+        images([0.1, 0.2]),
+        ["a hand", "a face"],
+        tmp_path,
+        judges={"judge": BrightnessJudge(1.0)},
+        features=features,
+        diversity_images=(images([0.9, 0.1, 0.4]), images([0.4, 0.4, 0.4])),
+        diversity_groups=[0, 0, 0],
+        show_progress=False,
+    )
+    assert report["diversity"]["after"] == pytest.approx(0, abs=1e-6)
+    assert report["diversity"]["before"] > 0.05
+    assert report["counts"]["diversity_images"] == 3
+
+
+def test_a_model_judges_without_dropout_and_is_left_as_it_was(tmp_path):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = torch.nn.Dropout(0.9)
+
+        def confidence(self, images):
+            assert not torch.is_grad_enabled()
+            return self.dropout(images[:, :1])
+
+    model = Model().train()
+    report = treatment_report(
+        images(BEFORE), images(AFTER), PROMPTS, tmp_path, judges={"judge": model}, show_progress=False
+    )
+    assert report["artifact_frequency"]["judge"]["before"] == pytest.approx(5 / 6)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"after": images(AFTER[:5])}, r"\(6, 3, 16, 16\) and \(5, 3, 16, 16\)"),
+        ({"before": images(BEFORE) * 2 - 1}, r"`before` must be floats in \[0, 1\]"),
+        ({"prompts": PROMPTS[:2]}, "`prompts` must have one entry per image, found 2"),
+        ({"seeds": [1]}, "`seeds` must have one entry per image, found 1"),
+        ({"categories": ["x"]}, "`categories` must have one entry per image, found 1"),
+        ({"judges": {}}, "`judges` is empty"),
+        ({"batch_size": 0}, "`batch_size` must be at least 1"),
+        ({"features": features, "prompts": list("abcdef")}, "every image is a group of its own"),
+        ({"features": features, "diversity_groups": [0, 0]}, "`diversity_groups` must have one label per image"),
+        ({"fidelity": lambda images, prompts: torch.zeros(1)}, "1 rows for 6 images"),
+    ],
+)
+def test_wrong_input_is_named_before_work_is_done(tmp_path, change, message):
+    arguments = {
+        "before": images(BEFORE),
+        "after": images(AFTER),
+        "prompts": PROMPTS,
+        "output_dir": tmp_path / "report",
+        "judges": {"judge": BrightnessJudge(1.0)},
+        "show_progress": False,
+    }
+    with pytest.raises(ValueError, match=message):
+        treatment_report(**(arguments | change))
+    assert not (tmp_path / "report" / "report.json").exists()
+
+
+def test_a_judge_has_to_judge(tmp_path):
+    with pytest.raises(TypeError, match=r"judges\['judge'\].*confidence"):
+        treatment_report(images(BEFORE), images(AFTER), PROMPTS, tmp_path, judges={"judge": fidelity})
