@@ -1,0 +1,254 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Diagnosing files: what comes out for what went in, with a detector whose answer is known."""
+
+import json
+import os
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffusers_diffdoctor.evaluation import diagnose_images, find_images, tiled_confidence
+
+
+class RedDetector(torch.nn.Module):
+    """The confidence of a pixel is its red channel times `weight`. Counts what it sees; `fuse` images later it is stopped."""
+
+    def __init__(self, weight=1.0, fuse=None):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(weight))
+        self.config = SimpleNamespace(image_size=32)
+        self.seen, self.shapes, self.fuse = 0, [], fuse
+
+    def confidence(self, images):
+        assert not torch.is_grad_enabled()
+        if self.fuse is not None and self.seen + len(images) > self.fuse:
+            raise KeyboardInterrupt
+        self.seen += len(images)
+        self.shapes.append(tuple(images.shape))
+        return images[:, :1] * self.weight
+
+
+def save(path, red, size=(16, 16)):
+    """A black PNG with one pixel in eight of the given red, 0 to 255."""
+    array = np.zeros((size[1], size[0], 3), dtype=np.uint8)
+    array.reshape(-1, 3)[::8, 0] = red
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+REDS = {"a": 51, "b": 255, "c": 0, "d": 204, "e": 102, "f": 153}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Six good images in two folders and two sizes, three bad files, and a text that is none of our business."""
+    folder = tmp_path / "images"
+    for index, (name, red) in enumerate(REDS.items()):
+        save(folder / ("deep/er" if index % 2 else ".") / f"{name}.png", red, size=(16, 16) if index < 4 else (24, 16))
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "text.jpg").write_text("not an image")
+    whole = (folder / "a.png").read_bytes()
+    (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "readme.txt").write_text("hello")
+    return folder
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def diagnose(folder, output, detector=None, **options):
+    options.setdefault("show_progress", False)
+    return diagnose_images([folder], output, detector or RedDetector(), detector_name="red", **options)
+
+
+def test_rows_in_are_rows_out_and_quarantined(folder, tmp_path):
+    result = diagnose(folder, tmp_path / "out")
+    assert (result["images"], result["diagnosed"], result["quarantined"]) == (9, 6, 3)
+    table = {os.path.basename(row["path"])[0]: row for row in rows(tmp_path / "out/diagnosis.jsonl")}
+    assert {name: row["max_confidence"] for name, row in table.items()} == {
+        name: pytest.approx(red / 255, abs=1e-5) for name, red in REDS.items()
+    }
+    assert {name for name, row in table.items() if row["artifact"]} == {"b", "d", "f"}
+    assert result["artifacts"] == 3
+    assert {name: row["area_ratio"] for name, row in table.items()} == {
+        name: 0.125 if red >= 128 else 0 for name, red in REDS.items()
+    }
+    assert (table["e"]["width"], table["e"]["height"]) == (24, 16)
+    for row in table.values():
+        overlay = Image.open(tmp_path / "out" / row["overlay"])
+        assert overlay.size == (row["width"], row["height"])
+    bad = rows(tmp_path / "out/quarantine.jsonl")
+    assert [os.path.basename(row["path"]) for row in bad] == ["cut.png", "empty.png", "text.jpg"]
+    assert all(row["reason"] for row in bad)
+    assert not [name for name in os.listdir(tmp_path / "out") if "unfinished" in name]
+
+
+def test_best_of_n(folder, tmp_path):
+    result = diagnose(folder, tmp_path / "out", top_k=3)
+    best = rows(tmp_path / "out/best.jsonl")
+    assert [os.path.basename(row["path"]) for row in best] == ["c.png", "a.png", "e.png"]
+    assert [row["rank"] for row in best] == [1, 2, 3]
+    assert result["best"] == best
+    assert len(diagnose(folder, tmp_path / "out", top_k=50)["best"]) == 6
+    diagnose(folder, tmp_path / "out")
+    assert not (tmp_path / "out/best.jsonl").exists()  # nothing old is left to be mistaken for new
+
+
+def test_batches_are_of_one_size_and_change_nothing(folder, tmp_path):
+    alone, together = RedDetector(0.7), RedDetector(0.7)
+    diagnose(folder, tmp_path / "one", alone, batch_size=1)
+    diagnose(folder, tmp_path / "many", together, batch_size=3)
+    assert {shape[0] for shape in alone.shapes} == {1}
+    assert sorted(together.shapes) == [(1, 3, 16, 16), (2, 3, 16, 24), (3, 3, 16, 16)]
+    assert rows(tmp_path / "one/diagnosis.jsonl") == rows(tmp_path / "many/diagnosis.jsonl")
+
+
+def test_memory_is_bounded_by_pixels(folder, tmp_path, monkeypatch):
+    from diffusers_diffdoctor.evaluation import diagnosis
+
+    monkeypatch.setattr(diagnosis, "BATCH_PIXELS", 2 * 16 * 16)
+    detector = RedDetector()
+    diagnose(folder, tmp_path / "batch", detector)
+    assert max(shape[0] * shape[2] * shape[3] for shape in detector.shapes) <= 2 * 16 * 16
+    monkeypatch.setattr(diagnosis, "WAITING_PIXELS", 0)
+    detector = RedDetector()
+    diagnose(folder, tmp_path / "waiting", detector)
+    assert {shape[0] for shape in detector.shapes} == {1}
+
+
+def test_an_interrupted_run_goes_on(folder, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        diagnose(folder, tmp_path / "out", RedDetector(fuse=2), batch_size=1)
+    journal = tmp_path / "out/diagnosis.jsonl"
+    assert len(rows(journal)) == 2
+    with open(journal, "a", encoding="utf-8") as file:
+        file.write('{"path": "/half a li')
+    detector = RedDetector()
+    result = diagnose(folder, tmp_path / "out", detector, batch_size=4)
+    assert detector.seen == 4
+    assert (result["resumed"], result["diagnosed"], result["quarantined"]) == (2, 6, 3)
+    diagnose(folder, tmp_path / "fresh")
+    assert rows(journal) == rows(tmp_path / "fresh/diagnosis.jsonl")
+    html = [(tmp_path / name / "report.html").read_text(encoding="utf-8") for name in ("out", "fresh")]
+    assert html[0] == html[1]
+
+
+def test_only_what_changed_is_diagnosed_again(folder, tmp_path):
+    out = tmp_path / "out"
+    diagnose(folder, out)
+    save(folder / "c.png", 250)
+    save(folder / "new.png", 30)
+    (out / rows(out / "diagnosis.jsonl")[0]["overlay"]).unlink()  # a.png
+    (folder / "deep/er/b.png").unlink()
+    detector = RedDetector()
+    result = diagnose(folder, out, detector)
+    assert detector.seen == 3
+    assert (result["resumed"], result["dropped"], result["diagnosed"]) == (4 - 1, 1, 6)
+    table = rows(out / "diagnosis.jsonl")
+    assert [os.path.basename(row["path"]) for row in table] == ["a.png", "c.png", "e.png", "new.png", "d.png", "f.png"]
+    assert table[1]["max_confidence"] == pytest.approx(250 / 255, abs=1e-5)
+    assert len(os.listdir(out / "overlays")) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"threshold": 0.3}, "threshold was 0.5, now 0.3"),
+        ({"tile": True}, "tile"),
+        ({"detector": RedDetector(0.9)}, "sha256"),
+    ],
+)
+def test_other_settings_are_not_mixed_in(folder, tmp_path, change, word):
+    diagnose(folder, tmp_path / "out")
+    before = (tmp_path / "out/diagnosis.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=rf"{word}.*restart"):
+        diagnose(folder, tmp_path / "out", **change)
+    assert (tmp_path / "out/diagnosis.jsonl").read_bytes() == before
+    result = diagnose(folder, tmp_path / "out", **change, restart=True)
+    assert (result["resumed"], result["diagnosed"]) == (0, 6)
+
+
+def test_report_is_ranked_and_self_contained(folder, tmp_path):
+    diagnose(folder, tmp_path / "out", top_k=2, report_images=4)
+    html = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert re.findall(r"<figcaption>(\w)\.png", html) == ["b", "d", "f", "e"] + ["c", "a"]
+    assert html.count('src="data:image/') == 6
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script|<link""", html)
+    assert "text.jpg" in html and "3 (50.0 %)" in html
+
+
+def test_its_own_output_is_not_searched(folder):
+    first = diagnose(folder, folder / "out")
+    again = diagnose(folder, folder / "out")
+    assert first["images"] == again["images"] == 9
+    assert (
+        diagnose(folder, folder)["images"] == 9 + 6 == diagnose(folder, folder)["images"]
+    )  # and out/ is a folder like any
+
+
+def test_a_file_counts_once(folder):
+    files = find_images([folder, folder / "a.png", folder / "deep/../a.png", folder / "readme.txt"])
+    assert len(files) == 10  # a file that is named is taken whatever its name
+    assert len(set(files)) == 10
+
+
+def test_names_that_are_not_unicode(tmp_path):
+    name = os.fsdecode(b"caf\xe9 <b>.png")
+    try:
+        save(tmp_path / "in" / "x.png", 255)
+        os.rename(tmp_path / "in" / "x.png", tmp_path / "in" / name)
+    except OSError:
+        pytest.skip("this file system has Unicode names only")
+    assert diagnose(tmp_path / "in", tmp_path / "out")["diagnosed"] == 1
+    assert diagnose(tmp_path / "in", tmp_path / "out")["resumed"] == 1
+    assert rows(tmp_path / "out/diagnosis.jsonl")[0]["path"].endswith(name)
+    assert "<b>" not in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+
+
+def test_wrong_use_is_said_clearly(folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileNotFoundError, match="nowhere is neither a file nor a folder"):
+        diagnose(tmp_path / "nowhere", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"No image found in .*empty"):
+        diagnose(tmp_path / "empty", tmp_path / "out")
+    with pytest.raises(ValueError, match="No path was given"):
+        find_images([])
+    with pytest.raises(OSError, match=r"output folder .* cannot be written"):
+        diagnose(folder, tmp_path / "file" / "out")
+    for options, message in (
+        ({"threshold": 0.0}, "threshold"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"top_k": -1}, "top_k"),
+    ):
+        with pytest.raises(ValueError, match=f"`{message}`"):
+            diagnose(folder, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_tiles_cover_everything_and_take_the_highest_confidence():
+    class SmallWindow(torch.nn.Module):
+        """Blind to anything unless it looks at 32 pixels or less; then sure of what it sees."""
+
+        def confidence(self, images):
+            small = max(images.shape[-2:]) <= 32
+            return images[:, :1] if small else 0.2 * torch.ones_like(images[:, :1])
+
+    images = torch.rand(2, 3, 75, 50, generator=torch.Generator().manual_seed(0))
+    maps = tiled_confidence(SmallWindow(), images, tile_size=32)
+    assert torch.equal(maps, images[:, :1].clamp(min=0.2))
+    small = images[..., :30, :20]
+    assert torch.equal(tiled_confidence(SmallWindow(), small, tile_size=32), small[:, :1])
+
+
+def test_tiles_find_more(tmp_path):
+    save(tmp_path / "in/large.png", 255, size=(64, 48))
+    detector = RedDetector()
+    diagnose(tmp_path / "in", tmp_path / "out", detector, tile=True)
+    assert detector.shapes[0] == (1, 3, 48, 64)
+    assert detector.shapes[1:] == [(1, 3, 32, 32)] * 6
