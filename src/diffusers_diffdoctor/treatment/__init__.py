@@ -1,0 +1,27 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""TREAT: roll a pipeline out with gradient, score its images, and train a LoRA against the score.
+
+Names are loaded on first use: `losses` stands below the rewards, the trainer above them.
+"""
+
+import importlib
+
+
+_PUBLIC = {
+    "DifferentiableRollout": "rollout",
+    "RolloutOutput": "rollout",
+    "PixelRewardConfig": "config",
+    "PixelRewardTrainer": "trainer",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return __all__

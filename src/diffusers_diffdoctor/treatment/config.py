@@ -1,0 +1,305 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""The arguments of [`PixelRewardTrainer`]; the defaults are the paper's treatment of FLUX.1-schnell (arXiv 2501.12382)."""
+
+import json
+import math
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+
+LOWER_IS_BETTER = ("artifact_frequency", "max_confidence", "area_ratio", "loss")
+PIXEL_SELECTIONS = ("threshold", "mean", "max")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class PixelRewardConfig(TrainingArguments):
+    r"""
+    Configuration of the [`PixelRewardTrainer`].
+
+    It has only what is particular to treatment; everything else (batch size, steps, optimizer, schedule, logging,
+    checkpoints, evaluation strategy, Hub) is a [`~transformers.TrainingArguments`]. Where "paper" is said, the value is
+    the one of arXiv 2501.12382; where "ours", the paper leaves it open.
+
+    Parameters:
+        > Parameters that control the rollout
+
+        num_inference_steps (`int`, *optional*, defaults to `4`):
+            Denoising steps of one image, at least 1 (paper: 4 for FLUX.1-schnell).
+        gradient_fraction (`float`, *optional*, defaults to `0.25`):
+            Share of the last denoising steps that carry gradient, in (0, 1]; at least one step always does (paper).
+        height, width (`int`, *optional*):
+            Size of the images in pixels. The pipeline's default without them.
+        resolution (`int`, *optional*):
+            Short for equal `height` and `width`.
+        guidance_scale (`float`, *optional*):
+            Passed to the pipeline. The pipeline's default without it.
+        max_sequence_length (`int`, *optional*):
+            Longest prompt in tokens, for pipelines that take it.
+        pipeline_kwargs (`dict` or JSON `str`, *optional*):
+            Further arguments of every call of the pipeline, such as `{"negative_prompt": "blurry"}`.
+        pipeline_dtype (`str`, *optional*):
+            `"float32"`, `"bfloat16"` or `"float16"`: the type in which a pipeline given by name is loaded. Follows the mixed
+            precision by default. The trained LoRA weights are float32 in any case.
+
+        > Parameters that control the loss, `pixel_weight * sum(w_k * reward_k) + offline_weight * offline`
+
+        pixel_selection (`str`, *optional*, defaults to `"threshold"`):
+            Which pixels of the artifact map are penalised: those above the threshold, all (`"mean"`) or the highest
+            (`"max"`) (paper, section 3.3 and ablation).
+        pixel_threshold (`float`, *optional*, defaults to `0.1`):
+            The threshold, in [0, 1) (paper).
+        pixel_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the rewards' losses, at least 0.
+        reward_weights (`list[float]`, *optional*):
+            One weight for each reward function; 1 each without it.
+        offline_weight (`float`, *optional*, defaults to `0.25`):
+            Weight of the pipeline's own training loss on the regularization dataset, at least 0 (paper).
+        offline_batch_size (`int`, *optional*):
+            Regularization images per device and step; `per_device_train_batch_size` without it.
+
+        > Parameters that control the adapter, when no `peft_config` is passed
+
+        lora_rank (`int`, *optional*, defaults to `16`):
+            Rank of the LoRA (paper).
+        lora_alpha (`int`, *optional*):
+            Scale of the LoRA; equal to the rank without it, because some user interfaces ignore alpha.
+        lora_dropout (`float`, *optional*, defaults to `0.0`):
+            Dropout before the LoRA layers, in [0, 1).
+        lora_target_modules (`list[str]`, *optional*, defaults to `["to_q", "to_k", "to_v", "to_out.0"]`):
+            Ends of the names of the layers that get an adapter: the attention projections (paper: attention; this list is
+            the release's). In FLUX they cover the image tokens of the double blocks and all tokens of the single blocks;
+            add `add_q_proj add_k_proj add_v_proj to_add_out` for the text tokens of the double blocks.
+        ema_decay (`float`, *optional*):
+            Decay per step, in (0, 1), of an exponential moving average of the LoRA weights. With it, evaluation and
+            the saved LoRA use the average.
+
+        > Parameters that control memory
+
+        gradient_checkpointing (`bool`, *optional*, defaults to `True`):
+            Recompute the denoiser's activations in the backward pass. Gradients are the same.
+        vae_gradient_checkpointing (`bool`, *optional*, defaults to `True`):
+            The same for the VAE decoder.
+        cache_prompt_embeddings (`bool`, *optional*, defaults to `True`):
+            Encode every prompt once before training. At 512 tokens of FLUX's T5 an embedding takes 4 MB of host memory for
+            every process: switch it off for more than some ten thousand prompts.
+        free_text_encoders (`bool`, *optional*, defaults to `True`):
+            Drop the text encoders once all prompts are encoded (9.8 GB on FLUX); only with `cache_prompt_embeddings`.
+
+        > Parameters that control evaluation
+
+        eval_num_images (`int`, *optional*, defaults to `32`):
+            Images per evaluation. Prompts are taken in order, and again with further seeds if there are fewer.
+        eval_seed (`int`, *optional*, defaults to `1234`):
+            Image i of an evaluation starts from the noise of seed `eval_seed + i`, at every step and in every run.
+        log_images (`int`, *optional*, defaults to `4`):
+            How many of them are drawn, with heatmaps, before and after, in the picture of each evaluation. 0 for none.
+
+    These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-4 (paper), `lr_scheduler_type`
+    `"constant"` (ours), `per_device_train_batch_size` 4 (release), `logging_steps` 10, `remove_unused_columns` `False`,
+    `bf16`, which is on where a GPU supports it and off elsewhere unless it is set, and `metric_for_best_model`, which is
+    `"artifact_frequency"` wherever one is needed; for that figure and its like lower is better.
+    """
+
+    # --- the rollout
+    num_inference_steps: int = field(default=4, metadata={"help": "Denoising steps of one image (paper: 4)."})
+    gradient_fraction: float = field(
+        default=0.25,
+        metadata={"help": "Share of the last denoising steps that carry gradient, in (0, 1] (paper: 0.25)."},
+    )
+    height: int | None = field(default=None, metadata={"help": "Image height in pixels; default of the pipeline."})
+    width: int | None = field(default=None, metadata={"help": "Image width in pixels; default of the pipeline."})
+    resolution: int | None = field(default=None, metadata={"help": "Short for equal height and width."})
+    guidance_scale: float | None = field(
+        default=None, metadata={"help": "Guidance scale passed to the pipeline; default of the pipeline."}
+    )
+    max_sequence_length: int | None = field(
+        default=None, metadata={"help": "Longest prompt in tokens, for pipelines that take it."}
+    )
+    pipeline_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'Further arguments of the pipeline as JSON: {"negative_prompt": "blurry"}.'}
+    )
+    pipeline_dtype: str | None = field(
+        default=None,
+        metadata={"help": "float32, bfloat16 or float16 for a pipeline given by name; follows the mixed precision."},
+    )
+
+    # --- the loss
+    pixel_selection: str = field(
+        default="threshold", metadata={"help": "Penalised pixels: threshold (paper), mean or max."}
+    )
+    pixel_threshold: float = field(default=0.1, metadata={"help": "Confidence that selects a pixel (paper: 0.1)."})
+    pixel_weight: float = field(default=1.0, metadata={"help": "Weight of the rewards' losses."})
+    reward_weights: list[float] | None = field(
+        default=None, metadata={"help": "One weight for each reward function; 1 each without it."}
+    )
+    offline_weight: float = field(
+        default=0.25, metadata={"help": "Weight of the training loss on the regularization dataset (paper: 0.25)."}
+    )
+    offline_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Regularization images per device and step; per_device_train_batch_size without it."},
+    )
+
+    # --- the adapter
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA (paper: 16)."})
+    lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the LoRA; the rank without it."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the LoRA layers."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"],
+        metadata={"help": "Ends of the names of the layers that get an adapter."},
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Decay of a moving average of the LoRA, used in evaluation and saved; none without it."},
+    )
+
+    # --- memory
+    gradient_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute the denoiser's activations in the backward pass (default: True)."}
+    )
+    vae_gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Recompute the VAE decoder's activations in the backward pass."}
+    )
+    cache_prompt_embeddings: bool = field(
+        default=True, metadata={"help": "Encode every prompt once, before training."}
+    )
+    free_text_encoders: bool = field(
+        default=True, metadata={"help": "Drop the text encoders once all prompts are encoded."}
+    )
+
+    # --- evaluation
+    eval_num_images: int = field(default=32, metadata={"help": "Images per evaluation."})
+    eval_seed: int = field(default=1234, metadata={"help": "Image i of an evaluation has the seed eval_seed + i."})
+    log_images: int = field(default=4, metadata={"help": "Images in the picture of each evaluation; 0 for none."})
+
+    # --- other defaults than those of `TrainingArguments`
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate (paper: 1e-4)."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per device and forward pass."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Images per device in evaluation."})
+    logging_steps: float = field(
+        default=10, metadata={"help": "Updates between two logs; below 1, a share of all updates."}
+    )
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 mixed precision; by default on where a GPU supports it, off elsewhere."},
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Has no effect: the trainer reads the columns it knows."}
+    )
+
+    def __post_init__(self):
+        self.bf16 = self._default_bf16() if self.bf16 is None else self.bf16
+        # transformers renames this argument to `activation_checkpointing`; the old name warns, the new one may be missing.
+        renamed = getattr(self, "activation_checkpointing", None)
+        checkpointing = next((value for value in (renamed, self.gradient_checkpointing) if value is not None), True)
+        self.activation_checkpointing, self.gradient_checkpointing = checkpointing, None
+        # The parent would look for a loss, and think that more artifacts are better.
+        picks = self.load_best_model_at_end or self.save_strategy == "best"
+        if self.metric_for_best_model is None and (
+            picks or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
+        ):
+            self.metric_for_best_model = "artifact_frequency"
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
+        super().__post_init__()
+        self.gradient_checkpointing = checkpointing
+        self._check()
+
+        if self.resolution is not None:
+            self.height = self.height if self.height is not None else self.resolution
+            self.width = self.width if self.width is not None else self.resolution
+        if self.lora_alpha is None:
+            self.lora_alpha = self.lora_rank
+        if self.offline_batch_size is None:
+            self.offline_batch_size = self.per_device_train_batch_size
+        # The order of the prompts then hangs on the arguments alone, not on what drew random numbers before.
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        if self.pipeline_dtype is None:
+            self.pipeline_dtype = "bfloat16" if self.bf16 else "float16" if self.fp16 else "float32"
+
+    def _default_bf16(self) -> bool:
+        return not (self.fp16 or self.use_cpu) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+
+    def _check(self) -> None:
+        for name in (
+            "num_inference_steps",
+            "lora_rank",
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "eval_num_images",
+        ):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("height", "width", "resolution", "max_sequence_length", "lora_alpha", "offline_batch_size"):
+            value = getattr(self, name)
+            _require(self, name, value is None or value >= 1, "at least 1, or left out")
+        for name in ("pixel_weight", "offline_weight"):
+            _require(
+                self, name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "finite and at least 0"
+            )
+        weights = self.reward_weights
+        finite = weights is None or (
+            len(weights) > 0 and all(math.isfinite(weight) and weight >= 0 for weight in weights)
+        )
+        _require(self, "reward_weights", finite, "a weight of at least 0 for each reward function")
+        _require(
+            self,
+            "gradient_fraction",
+            0 < self.gradient_fraction <= 1,
+            "in (0, 1]: without a step in the window nothing would be learnt",
+        )
+        _require(self, "pixel_selection", self.pixel_selection in PIXEL_SELECTIONS, f"one of {PIXEL_SELECTIONS}")
+        _require(self, "pixel_threshold", 0 <= self.pixel_threshold < 1, "in [0, 1)")
+        _require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
+        _require(self, "lora_target_modules", len(self.lora_target_modules) > 0, "at least one name of a layer")
+        _require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1), or left out")
+        _require(self, "log_images", self.log_images >= 0, "at least 0")
+        _require(
+            self,
+            "pipeline_dtype",
+            self.pipeline_dtype is None or self.pipeline_dtype in DTYPES,
+            f"one of {tuple(DTYPES)}",
+        )
+        if self.pipeline_kwargs is not None:
+            self.pipeline_kwargs = _as_dict(self.pipeline_kwargs)
+        if self.pixel_weight == 0 and self.offline_weight == 0:
+            raise ValueError(
+                "`pixel_weight` and `offline_weight` are both 0: nothing would be learnt. Raise one of them."
+            )
+        _check_writable(self.output_dir)
+
+
+def _require(args: PixelRewardConfig, name: str, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"`{name}` is {getattr(args, name)!r}, but must be {expected}.")
+
+
+def _as_dict(value: dict[str, Any] | str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"`pipeline_kwargs` is {value!r}, which is not JSON: {error}.") from error
+    if not isinstance(parsed, dict):
+        raise ValueError(f"`pipeline_kwargs` is {value!r}, but must be a dictionary of arguments of the pipeline.")
+    return parsed
+
+
+def _check_writable(output_dir: str) -> None:
+    """Hours of training must not end at a folder that cannot be written. Nothing is created yet."""
+    folder = Path(output_dir).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not existing.is_dir():
+        raise ValueError(f"`output_dir` is {output_dir!r}, but {str(existing)!r} is a file. Choose another folder.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"`output_dir` is {output_dir!r}, but {str(existing)!r} cannot be written. Change its permissions or choose "
+            "another folder."
+        )

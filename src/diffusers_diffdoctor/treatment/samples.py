@@ -1,0 +1,128 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""What a step of treatment is made of: prompts, seeds and regularization images.
+
+Everything that looks random is a pure function of the run's seed and of a sample's position in the run. So a resumed run, and
+a run on another number of processes with the same total batch, see the same noise and the same images, and nothing of it has
+to be stored in a checkpoint.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2**31) that depends on every part and on their order, the same on every machine."""
+    text = ":".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 33
+
+
+def read_prompts(dataset: Any, name: str) -> list[str]:
+    """The column "prompt" of a `datasets.Dataset` or of any sequence of rows.
+
+    Raises:
+        ValueError: nothing given, no row, no such column, or a prompt that is empty or no text; the row is named.
+        TypeError: a dataset without a length, such as an `IterableDataset`.
+    """
+    if dataset is None:
+        raise ValueError(f'`{name}` is missing. Pass a dataset with the column "prompt".')
+    if isinstance(dataset, str) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(
+            f"`{name}` is a {type(dataset).__name__}, but must have a length and rows that can be picked, like a "
+            "`datasets.Dataset`: every prompt is checked and encoded before training. Load it with `streaming=False`."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
+    prompts = list(_column(dataset, "prompt", name))
+    for row, prompt in enumerate(prompts):
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(
+                f"`{name}` has no prompt in row {row}: found {prompt!r}. Remove the row or give it a text."
+            )
+    return prompts
+
+
+def _column(dataset: Any, column: str, name: str) -> Iterable[Any]:
+    columns = getattr(dataset, "column_names", None)
+    if columns is None:
+        columns = list(dataset[0]) if isinstance(dataset[0], dict) else []
+        read = lambda: [row.get(column) for row in dataset]  # noqa: E731
+    else:
+        read = lambda: dataset[column]  # noqa: E731
+    if column not in columns:
+        raise ValueError(
+            f'`{name}` has no column "{column}", only {columns}. Rename one: dataset.rename_column("text", "{column}").'
+        )
+    return read()
+
+
+class RegularizationImages:
+    """An endless, seeded, shuffled sequence of images with prompts that can be entered at any position.
+
+    Args:
+        dataset: rows with the columns "image" (a PIL image, or an array of shape (H, W, 3) or (3, H, W), uint8 or float in
+            [0, 1]) and "prompt".
+        size: (height, width) in pixels. Images are scaled to cover it and cropped around their centre.
+        seed: decides the order; every pass over the dataset has another one.
+    """
+
+    def __init__(self, dataset: Any, size: tuple[int, int], seed: int):
+        self.prompts = read_prompts(dataset, "regularization_dataset")
+        _column(dataset, "image", "regularization_dataset")
+        self.dataset, self.size, self.seed = dataset, size, seed
+        self._order = lru_cache(maxsize=2)(self._shuffle)
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def _shuffle(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "regularization order", epoch))
+        return torch.randperm(len(self), generator=generator).tolist()
+
+    def row(self, position: int) -> int:
+        """The row that stands at a position of the endless sequence."""
+        return self._order(position // len(self))[position % len(self)]
+
+    def batch(self, positions: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
+        """Images (R, 3, H, W) in [0, 1] and their R prompts."""
+        rows = [self.row(position) for position in positions]
+        return torch.stack([self.image(row) for row in rows]), [self.prompts[row] for row in rows]
+
+    def image(self, row: int) -> torch.Tensor:
+        """One image, (3, H, W) in [0, 1]. A `ValueError` names the row that cannot be read."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                return to_image_tensor(self.dataset[row]["image"], self.size)
+        except Exception as error:
+            raise ValueError(
+                f"`regularization_dataset` has an image in row {row} that cannot be used: {error} "
+                "Remove the row or repair the image."
+            ) from error
+
+
+def to_image_tensor(image: Any, size: tuple[int, int]) -> torch.Tensor:
+    """A picture of any size -> (3, height, width) in [0, 1], scaled to cover `size` and cropped around its centre."""
+    if not isinstance(image, Image.Image):
+        array = np.asarray(image)
+        if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
+            array = array.transpose(1, 2, 0)
+        if array.ndim != 3 or array.shape[2] != 3:
+            raise ValueError(f"expected a PIL image or an array of three channels, found shape {array.shape}.")
+        if array.dtype != np.uint8:
+            low, high = float(array.min()), float(array.max())
+            if not (0 <= low and high <= 1):
+                raise ValueError(f"its values lie in [{low:.3g}, {high:.3g}], but must lie in [0, 1].")
+            if array.shape[:2] == size:
+                return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1).contiguous()
+            array = (array * 255).round().astype(np.uint8)
+        image = Image.fromarray(array)
+    height, width = size
+    fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255
