@@ -108,6 +108,21 @@ def test_batches_are_of_one_size_and_change_nothing(folder, tmp_path):
     assert rows(tmp_path / "one/diagnosis.jsonl") == rows(tmp_path / "many/diagnosis.jsonl")
 
 
+def test_an_image_that_the_detector_refuses_is_set_aside(folder, tmp_path):
+    class Picky(RedDetector):
+        def confidence(self, images):
+            if images.shape[-1] > 2 * images.shape[-2]:
+                raise ValueError("one side is too long")
+            return super().confidence(images)
+
+    save(folder / "strip1.png", 9, size=(40, 8))
+    save(folder / "strip2.png", 9, size=(40, 8))
+    result = diagnose(folder, tmp_path / "out", Picky(), batch_size=2)
+    assert (result["images"], result["diagnosed"], result["quarantined"]) == (11, 6, 5)
+    bad = {os.path.basename(row["path"]): row["reason"] for row in rows(tmp_path / "out/quarantine.jsonl")}
+    assert bad["strip1.png"] == bad["strip2.png"] == "ValueError: one side is too long"
+
+
 def test_memory_is_bounded_by_pixels(folder, tmp_path, monkeypatch):
     from diffusers_diffdoctor.evaluation import diagnosis
 

@@ -52,7 +52,7 @@ def diagnose_images(
         output_dir: folder for
             diagnosis.jsonl (one row per image: `path`, `max_confidence` and `area_ratio` in [0, 1], `artifact` (maximum
             confidence of at least `threshold`), `overlay`, `width`, `height`, `bytes`, `mtime_ns`),
-            quarantine.jsonl (one row per file that cannot be read: `path`, `reason`),
+            quarantine.jsonl (one row per file that cannot be read or that the detector refuses: `path`, `reason`),
             best.jsonl (the `top_k` cleanest), overlays/ (heatmaps over the images), report.html and settings.json.
         detector: a model with `confidence(images)`, on the device it is to run on, in evaluation mode.
         detector_name: what to call the detector in the report.
@@ -107,8 +107,19 @@ def diagnose_images(
     ):
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
+        def set_aside(file: Path, error: Exception) -> None:
+            quarantined[str(file)] = {"path": str(file), "reason": f"{type(error).__name__}: {error}"}
+            progress.update()
+            progress.set_postfix(quarantined=len(quarantined))
+
         def diagnose(batch: list[tuple[Path, np.ndarray, os.stat_result]]) -> None:
-            rows = _diagnose_batch(detector, batch, output_dir, threshold, tile, pool)
+            try:
+                maps = _confidence(detector, batch, tile)
+            except ValueError as error:  # images of one size, which this detector refuses (a strip, say)
+                for file, _, _ in batch:
+                    set_aside(file, error)
+                return
+            rows = _write_overlays(batch, maps, output_dir, threshold, pool)
             for row in rows:
                 done[row["path"]] = row
                 journal.write(json.dumps(row) + "\n")
@@ -118,9 +129,7 @@ def diagnose_images(
         waiting: dict[tuple[int, int], list] = {}
         for file, result in _decoded(todo, pool, ahead=2 * workers):
             if isinstance(result, Exception):
-                quarantined[str(file)] = {"path": str(file), "reason": f"{type(result).__name__}: {result}"}
-                progress.update()
-                progress.set_postfix(quarantined=len(quarantined))
+                set_aside(file, result)
                 continue
             array, stat = result
             size = array.shape[:2]
@@ -255,24 +264,30 @@ def _decoded(files: Sequence[Path], pool: ThreadPoolExecutor, ahead: int) -> Ite
 
 
 @torch.no_grad()
-def _diagnose_batch(detector, batch, output_dir: Path, threshold: float, tile: bool, pool) -> list[dict]:
+def _confidence(detector: torch.nn.Module, batch: Sequence, tile: bool) -> torch.Tensor:
     images = torch.from_numpy(np.stack([array for _, array, _ in batch])).permute(0, 3, 1, 2).float() / 255
     weight = next(detector.parameters(), None)
     if weight is not None:
         images = images.to(weight.device)
-    if tile:
-        maps = tiled_confidence(detector, images, detector.config.image_size)
-    else:
-        maps = detector.confidence(images)
-    overlays = heatmap_overlay(images, maps).cpu()
-    worst, area = max_confidence(maps.float()).tolist(), area_ratio(maps.float(), threshold).tolist()
+    maps = tiled_confidence(detector, images, detector.config.image_size) if tile else detector.confidence(images)
+    if not maps.isfinite().all():
+        raise ValueError("the detector gave confidences that are not numbers")
+    return maps.float().cpu()
+
+
+def _write_overlays(batch: Sequence, maps: torch.Tensor, output_dir: Path, threshold: float, pool) -> list[dict]:
+    """The overlay of each image of the batch, in threads, and its row."""
+    worst, area = max_confidence(maps).tolist(), area_ratio(maps, threshold).tolist()
 
     def write(index: int) -> dict:
         file, array, stat = batch[index]
         digest = hashlib.sha256(str(file).encode("utf-8", "surrogateescape")).hexdigest()[:10]
         overlay = f"{OVERLAYS}/{_harmless(file.stem)}-{digest}.jpg"
         unfinished = output_dir / f"{overlay}.unfinished"
-        to_pil(overlays[index]).save(unfinished, "JPEG", quality=92, subsampling=0)
+        image = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
+        to_pil(heatmap_overlay(image[None], maps[index : index + 1])[0]).save(
+            unfinished, "JPEG", quality=92, subsampling=0
+        )
         os.replace(unfinished, output_dir / overlay)
         return {
             "path": str(file),
@@ -382,7 +397,7 @@ def _write_html(
                 "bad" if summary["artifacts"] else "good",
             )
         )
-    figures.append(Figure("Quarantined", f"{summary['quarantined']}", "files that cannot be read"))
+    figures.append(Figure("Quarantined", f"{summary['quarantined']}", "files that could not be diagnosed"))
     sections = []
     if worst:
         sections.append(
@@ -405,7 +420,7 @@ def _write_html(
         sections.append(
             Section(
                 "Quarantined",
-                f"The first {min(100, len(bad))} of {len(bad)} files that cannot be read as PNG, JPEG, WEBP or BMP.",
+                f"The first {min(100, len(bad))} of {len(bad)} files that could not be diagnosed; {QUARANTINE} has all.",
                 table=Table(("file", "reason"), [(row["path"], row["reason"]) for row in bad[:100]]),
             )
         )
