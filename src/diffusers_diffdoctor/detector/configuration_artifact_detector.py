@@ -1,0 +1,96 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of the artifact detector, and the one rule for the size at which it looks at an image."""
+
+from huggingface_hub.dataclasses import strict
+from transformers.models.segformer.configuration_segformer import SegformerConfig
+
+
+SIZE_MULTIPLE = 32  # the encoder halves its input five times
+MAX_ASPECT_RATIO = 16
+
+
+def detector_input_size(height: int, width: int, image_size: int) -> tuple[int, int]:
+    """Size at which the detector sees an image: short side `image_size`, aspect kept, both multiples of 32.
+
+    Args:
+        height, width: size of the image in pixels.
+        image_size: length of the short side in pixels.
+
+    Raises:
+        ValueError: an empty image, or one side more than 16 times the other, which would make the long side huge.
+    """
+    if min(height, width) < 1:
+        raise ValueError(f"The image is {height} x {width} pixels; both sides must be at least 1.")
+    if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+        raise ValueError(
+            f"The image is {height} x {width} pixels; one side may be at most {MAX_ASPECT_RATIO} times the other. "
+            "Crop it or cut it into parts."
+        )
+    scale = image_size / min(height, width)
+    return tuple(max(1, round(side * scale / SIZE_MULTIPLE)) * SIZE_MULTIPLE for side in (height, width))
+
+
+@strict
+class ArtifactDetectorConfig(SegformerConfig):
+    r"""
+    Configuration of [`ArtifactDetectorForSemanticSegmentation`]: the hyper-parameters of SegFormer with one output
+    channel, and how images are brought to the network. The defaults are SegFormer-b5 at 512 pixels, the detector of the
+    DiffDoctor paper (84.6 M parameters).
+
+    The architecture is free of restrictions, but the pretrained encoder that the paper starts from, `nvidia/mit-b5`, is
+    under a licence that allows non-commercial use only. Detectors that are trained from other weights do not inherit it.
+
+    Args:
+        image_size (`int`, *optional*, defaults to 512):
+            Short side in pixels to which images are resized, aspect kept, before they enter the network. A multiple
+            of 32.
+        image_mean (`list[float]`, *optional*, defaults to ImageNet's `[0.485, 0.456, 0.406]`):
+            Mean per channel by which images in [0, 1] are normalised.
+        image_std (`list[float]`, *optional*, defaults to ImageNet's `[0.229, 0.224, 0.225]`):
+            Standard deviation per channel by which images in [0, 1] are normalised.
+        **kwargs:
+            Everything that [`~transformers.SegformerConfig`] takes: `depths`, `hidden_sizes`, `decoder_hidden_size`...
+
+    Example:
+
+    ```python
+    >>> from diffusers_diffdoctor import ArtifactDetectorConfig, ArtifactDetectorForSemanticSegmentation
+
+    >>> config = ArtifactDetectorConfig(depths=[1, 1, 1, 1], hidden_sizes=[16, 16, 32, 32], decoder_hidden_size=32,
+    ...                                 num_attention_heads=[1, 1, 2, 2], image_size=128)
+    >>> model = ArtifactDetectorForSemanticSegmentation(config)
+    ```"""
+
+    model_type = "artifact_detector"
+    _auto_class = "AutoConfig"
+
+    depths: list[int] | tuple[int, ...] = (3, 6, 40, 3)
+    hidden_sizes: list[int] | tuple[int, ...] = (64, 128, 320, 512)
+    decoder_hidden_size: int = 768
+    image_size: int = 512
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self, **kwargs):
+        if self.id2label is None and kwargs.get("num_labels") is None:
+            self.id2label = {0: "artifact"}
+            self.label2id = {"artifact": 0}
+        super().__post_init__(**kwargs)
+
+    def validate_image_preprocessing(self):
+        """Called by `validate()`, that is on creation, on loading and on saving."""
+        if self.image_size < SIZE_MULTIPLE or self.image_size % SIZE_MULTIPLE:
+            raise ValueError(
+                f"image_size must be a positive multiple of {SIZE_MULTIPLE}, got {self.image_size}: the encoder halves "
+                "its input five times."
+            )
+        for name in ("image_mean", "image_std"):
+            if len(getattr(self, name)) != self.num_channels:
+                raise ValueError(
+                    f"{name} must have one number per channel ({self.num_channels}), got {getattr(self, name)}."
+                )
+        if min(self.image_std) <= 0:
+            raise ValueError(f"image_std must be positive, got {self.image_std}.")
+
+
+__all__ = ["ArtifactDetectorConfig", "detector_input_size"]
