@@ -1,0 +1,9 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""What scores a generated image: the artifact penalty per pixel, and image-level scorers."""
+
+from .artifact import ArtifactReward, pixel_penalty
+from .base import CombinedReward, RewardOutput, as_reward
+from .clip import ClipScore
+
+
+__all__ = ["ArtifactReward", "ClipScore", "CombinedReward", "RewardOutput", "as_reward", "pixel_penalty"]
