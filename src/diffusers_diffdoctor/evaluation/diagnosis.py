@@ -421,11 +421,11 @@ def _write_html(
             Section(
                 "Quarantined",
                 f"The first {min(100, len(bad))} of {len(bad)} files that could not be diagnosed; {QUARANTINE} has all.",
-                table=Table(("file", "reason"), [(row["path"], row["reason"]) for row in bad[:100]]),
+                table=Table(("file", ""), [(row["path"], row["reason"]) for row in bad[:100]]),
             )
         )
     sections.append(
-        Section("Settings", table=Table(("setting", "value"), [(key, str(value)) for key, value in settings.items()]))
+        Section("Settings", table=Table(("", ""), [(key, str(value)) for key, value in settings.items()]))
     )
     html_report(
         output_dir / REPORT,
