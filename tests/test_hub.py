@@ -10,9 +10,19 @@ import subprocess
 import sys
 
 import hub_server
+import numpy as np
 import pytest
-from huggingface_hub import HfApi, constants
+import torch
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffusers_diffdoctor import (
+    ArtifactDetectorConfig,
+    ArtifactDetectorForSemanticSegmentation,
+    ArtifactDetectorImageProcessor,
+)
 
 
 @pytest.fixture
@@ -98,3 +108,105 @@ class TestLocalHub:
         with pytest.raises(ValueError, match="Invalid metadata"):
             card = b"---\ntags: [unclosed\n---\n"
             api.upload_file(repo_id="diffdoctor/things", path_in_repo="README.md", path_or_fileobj=card)
+
+
+@pytest.fixture
+def detector(tmp_path):
+    """A folder with a tiny random detector and its image processor, and the confidence map that it gives."""
+    torch.manual_seed(0)
+    config = ArtifactDetectorConfig(
+        depths=[1, 1, 1, 1],
+        hidden_sizes=[16, 16, 32, 32],
+        num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=32,
+        image_size=64,
+    )
+    model = ArtifactDetectorForSemanticSegmentation(config).eval()
+    for parameter in model.parameters():  # away from the near-constant answers of a fresh network
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path / "detector")
+    ArtifactDetectorImageProcessor.from_pretrained(tmp_path / "detector").save_pretrained(tmp_path / "detector")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        save_file({"images": images.contiguous(), "maps": model.confidence(images)}, tmp_path / "expected.safetensors")
+    return tmp_path / "detector"
+
+
+PUSH_DETECTOR = """
+from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation, ArtifactDetectorImageProcessor
+
+ArtifactDetectorForSemanticSegmentation.from_pretrained("detector").push_to_hub("diffdoctor/detector")
+ArtifactDetectorImageProcessor.from_pretrained("detector").push_to_hub("diffdoctor/detector")
+"""
+
+EQUAL = """
+import torch
+from safetensors.torch import load_file
+expected = load_file("expected.safetensors")
+with torch.no_grad():
+    torch.testing.assert_close(model.eval().confidence(expected["images"]), expected["maps"], rtol=0, atol=0)
+"""
+
+
+class TestDetector:
+    def test_loads_literally_by_id(self, hub, detector):
+        hub.python(PUSH_DETECTOR)
+        files = hub.files("diffdoctor/detector")
+        assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= set(files)
+        assert files["model.safetensors"] == (detector / "model.safetensors").read_bytes()
+        assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+
+        load = 'model = ArtifactDetectorForSemanticSegmentation.from_pretrained("diffdoctor/detector")'
+        hub.python(f"from diffusers_diffdoctor import *\n{load}\n{EQUAL}", home="of somebody else")
+        assert "GET /diffdoctor/detector/resolve" in " ".join(hub.requests)
+
+    def test_loads_through_the_auto_classes_and_the_pipeline(self, hub, detector):
+        hub.python(PUSH_DETECTOR)
+        code = f"""
+import diffusers_diffdoctor
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+
+model = AutoModelForSemanticSegmentation.from_pretrained("diffdoctor/detector")
+assert type(model) is diffusers_diffdoctor.ArtifactDetectorForSemanticSegmentation, type(model)
+assert type(AutoConfig.from_pretrained("diffdoctor/detector")) is diffusers_diffdoctor.ArtifactDetectorConfig
+processor = AutoImageProcessor.from_pretrained("diffdoctor/detector")
+assert isinstance(processor, diffusers_diffdoctor.ArtifactDetectorImageProcessor), type(processor)
+{EQUAL}
+result = pipeline("artifact-detection", model="diffdoctor/detector")("image.png")
+assert result["artifact_map"].size == (96, 64) and result["artifact_map"].mode == "L"
+assert abs(result["max_confidence"] - expected["maps"].max().item()) < 0.02, result
+"""
+        hub.python(code, home="of somebody else")
+
+    def test_loads_without_this_package_where_remote_code_is_trusted(self, hub, detector):
+        hub.python(PUSH_DETECTOR)
+        code = f"""
+import sys
+sys.modules["diffusers_diffdoctor"] = None  # as if it were not installed
+from transformers import AutoModelForSemanticSegmentation
+model = AutoModelForSemanticSegmentation.from_pretrained("diffdoctor/detector", trust_remote_code=True)
+{EQUAL}
+"""
+        hub.python(code, home="of somebody else")
+
+    def test_model_card(self, hub, detector):
+        hub.python(PUSH_DETECTOR)
+        card = ModelCard(hub.files("diffdoctor/detector")["README.md"].decode())
+        assert card.data.library_name == "transformers"
+        assert "artifact-detection" in card.data.tags
+        assert 'pipeline("artifact-detection", model="diffdoctor/detector")' in card.text
+
+    def test_a_card_written_by_hand_is_kept(self, hub, api, detector):
+        api.create_repo("diffdoctor/detector")
+        content = b"---\nlicense: apache-2.0\n---\n# By hand\n"
+        api.upload_file(repo_id="diffdoctor/detector", path_in_repo="README.md", path_or_fileobj=content)
+        hub.python(PUSH_DETECTOR)
+        assert "# By hand" in hub.files("diffdoctor/detector")["README.md"].decode()
+
+    def test_an_unknown_id_says_so(self, hub):
+        code = "from diffusers_diffdoctor import *\n"
+        code += "try: ArtifactDetectorForSemanticSegmentation.from_pretrained('diffdoctor/missing')\n"
+        code += "except OSError as error: print(error)"
+        assert "diffdoctor/missing" in hub.python(code)

@@ -164,13 +164,6 @@ def test_imports_run_downward_only():
     assert not uphill
 
 
-def test_only_its_own_command_knows_the_miniature():
-    knows = [
-        path for path in SOURCE.rglob("*.py") if any(name.split(".")[0] == "miniature" for name in imports_of(path))
-    ]
-    assert {str(path.relative_to(SOURCE)) for path in knows if path.parts[-2] != "miniature"} <= {"cli/miniature.py"}
-
-
 # --- pytest's own settings -----------------------------------------------------------------------------------------------
 
 
