@@ -62,6 +62,10 @@ class PixelRewardConfig(TrainingArguments):
             Weight of the pipeline's own training loss on the regularization dataset, at least 0 (paper).
         offline_batch_size (`int`, *optional*):
             Regularization images per device and step; `per_device_train_batch_size` without it.
+        offline_sigmas (`str`, *optional*, defaults to `"logit_normal"`):
+            How the offline loss of flow models draws its noise level, or `"uniform"` (ours).
+        offline_guidance_scale (`float`, *optional*, defaults to `1.0`):
+            Embedded guidance of guidance-distilled models, such as FLUX.1-dev, in the offline loss (ours).
 
         > Parameters that control the adapter, when no `peft_config` is passed
 
@@ -145,6 +149,12 @@ class PixelRewardConfig(TrainingArguments):
         default=None,
         metadata={"help": "Regularization images per device and step; per_device_train_batch_size without it."},
     )
+    offline_sigmas: str = field(
+        default="logit_normal", metadata={"help": "Noise levels of the offline loss: logit_normal or uniform."}
+    )
+    offline_guidance_scale: float = field(
+        default=1.0, metadata={"help": "Embedded guidance of guidance-distilled models in the offline loss."}
+    )
 
     # --- the adapter
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA (paper: 16)."})
@@ -209,7 +219,8 @@ class PixelRewardConfig(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
         super().__post_init__()
-        self.gradient_checkpointing = checkpointing
+        # The parent trainer must not act on it: it looks for a method of transformers' models. Ours does.
+        self.activation_checkpointing, self.gradient_checkpointing = None, checkpointing
         self._check()
 
         if self.resolution is not None:

@@ -8,7 +8,7 @@ to be stored in a checkpoint.
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -88,11 +88,6 @@ class RegularizationImages:
     def row(self, position: int) -> int:
         """The row that stands at a position of the endless sequence."""
         return self._order(position // len(self))[position % len(self)]
-
-    def batch(self, positions: Sequence[int]) -> tuple[torch.Tensor, list[str]]:
-        """Images (R, 3, H, W) in [0, 1] and their R prompts."""
-        rows = [self.row(position) for position in positions]
-        return torch.stack([self.image(row) for row in rows]), [self.prompts[row] for row in rows]
 
     def image(self, row: int) -> torch.Tensor:
         """One image, (3, H, W) in [0, 1]. A `ValueError` names the row that cannot be read."""

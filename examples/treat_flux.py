@@ -1,0 +1,173 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Treat FLUX.1 with an artifact detector: train a LoRA, then judge the same seeds before and after it.
+
+Everything a run needs is an argument: those of `ScriptArguments` below and those of `PixelRewardConfig`. The defaults are the
+paper's. What is left out: training the detector (see the quick tour for where to get one), and other pipelines than FLUX, though
+nothing here asks which pipeline it is.
+
+One GPU:
+    accelerate launch examples/treat_flux.py --detector detector/ --output_dir flux-treated
+
+Eight GPUs, with a recipe, photographs to stay close to and a judge that training never sees:
+    accelerate launch --config_file examples/accelerate/multi_gpu.yaml examples/treat_flux.py \
+        --config examples/recipes/flux_schnell.yaml --regularization_dataset photos/ --judge judge/ --output_dir flux-treated
+
+No GPU, the bundled miniature, some minutes:
+    accelerate launch --config_file examples/accelerate/single_process.yaml examples/treat_flux.py \
+        --pipeline miniature --output_dir runs/miniature
+"""
+
+import sys
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+from datasets import Dataset, load_dataset
+from trl import TrlParser
+
+from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation, PixelRewardConfig, PixelRewardTrainer
+from diffusers_diffdoctor.evaluation.treatment_report import print_summary, treatment_report
+
+
+HERE = Path(__file__).parent
+
+
+@dataclass
+class ScriptArguments:
+    """What to treat and with what. Names are ids on the Hub or local paths."""
+
+    pipeline: str = field(
+        default="black-forest-labs/FLUX.1-schnell",
+        metadata={"help": "Pipeline to treat; `miniature` is the bundled one."},
+    )
+    detector: str = field(default="diffdoctor/detector", metadata={"help": "Artifact detector to train against."})
+    judge: str | None = field(default=None, metadata={"help": "Second detector, only to judge the result."})
+    prompts: str = field(
+        default=str(HERE / "prompts.txt"),
+        metadata={"help": "Training prompts: a data set, or a .txt, .jsonl or .csv file."},
+    )
+    eval_prompts: str | None = field(
+        default=None,
+        metadata={"help": "Held-out prompts, likewise; by default every tenth training prompt is held out."},
+    )
+    regularization_dataset: str | None = field(
+        default=None, metadata={"help": "Images with prompts to stay close to: a data set or an image folder."}
+    )
+    prompt_column: str = field(
+        default="prompt", metadata={"help": "Name of the column of prompts in these data sets."}
+    )
+    report_images: int = field(
+        default=64, metadata={"help": "Images in the report before and after; 0 for no report."}
+    )
+
+
+def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, PixelRewardConfig]:
+    """Flags win over the recipe given as `--config`, which wins over the defaults."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if wants_miniature(argv) and "--config" not in argv:
+        argv += ["--config", str(miniature_recipe())]
+    script, args = TrlParser((ScriptArguments, PixelRewardConfig)).parse_args_and_config(argv)
+    return script, args
+
+
+def read_dataset(name: str, prompt_column: str) -> Dataset:
+    """A data set with the column "prompt" from a text file with a prompt per line, a .jsonl or .csv file, a folder, or an id."""
+    path = Path(name)
+    if path.suffix == ".txt":
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        return Dataset.from_dict({"prompt": [line for line in lines if line and not line.startswith("#")]})
+    formats = {".jsonl": "json", ".json": "json", ".csv": "csv"}
+    if path.suffix in formats:
+        dataset = load_dataset(formats[path.suffix], data_files=name, split="train")
+    else:
+        dataset = load_dataset(name, split="train")
+    return dataset.rename_column(prompt_column, "prompt") if prompt_column in dataset.column_names else dataset
+
+
+def read_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset]:
+    """Prompts to train on and prompts to evaluate on."""
+    prompts = read_dataset(script.prompts, script.prompt_column)
+    if script.eval_prompts is not None:
+        return prompts, read_dataset(script.eval_prompts, script.prompt_column)
+    held_out = range(0, len(prompts), 10)
+    return prompts.select([i for i in range(len(prompts)) if i % 10]), prompts.select(held_out)
+
+
+def read_detector(name: str) -> ArtifactDetectorForSemanticSegmentation:
+    return ArtifactDetectorForSemanticSegmentation.from_pretrained(name)
+
+
+# --- the bundled miniature: other defaults, the same run ------------------------------------------------------------------
+
+
+def wants_miniature(argv: list[str]) -> bool:
+    return "--pipeline=miniature" in argv or ("--pipeline", "miniature") in pairwise(argv)
+
+
+def miniature_recipe() -> Path:
+    from diffusers_diffdoctor import miniature
+
+    return Path(miniature.__file__).with_name("recipe.yaml")
+
+
+def use_miniature(script: ScriptArguments) -> None:
+    """Replace the names of the bundled parts by their folders."""
+    from diffusers_diffdoctor import miniature
+
+    script.pipeline = str(miniature.load("pipeline"))
+    script.detector = str(miniature.load("detector"))
+    script.judge = str(miniature.load("judge"))
+
+
+def main() -> None:
+    script, args = parse()
+    if script.pipeline == "miniature":
+        use_miniature(script)
+    prompts, eval_prompts = read_prompts(script)
+    regularization = None
+    if script.regularization_dataset is not None:
+        regularization = read_dataset(script.regularization_dataset, script.prompt_column)
+
+    trainer = PixelRewardTrainer(
+        pipeline=script.pipeline,
+        reward_funcs=read_detector(script.detector),
+        args=args,
+        train_dataset=prompts,
+        eval_dataset=eval_prompts,
+        regularization_dataset=regularization,
+        judge=read_detector(script.judge) if script.judge is not None else None,
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.save_model()
+    if script.report_images and trainer.is_world_process_zero():
+        report(trainer, script, eval_prompts["prompt"])
+    trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+
+
+def report(trainer: PixelRewardTrainer, script: ScriptArguments, prompts: list[str]) -> None:
+    """Generate the held-out prompts with and without the LoRA, judge them, write report.html, .json and .png."""
+    count, args = script.report_images, trainer.args
+    prompts = [prompts[i % len(prompts)] for i in range(count)]
+    seeds = [args.eval_seed + i for i in range(count)]
+    before = trainer.generate(prompts, seeds, treated=False)
+    after = trainer.generate(prompts, seeds)
+    # The first judge is the one that counts; the detector that was trained against flatters the result.
+    names = {"judge": script.judge, "detector": script.detector}
+    results = treatment_report(
+        before,
+        after,
+        prompts,
+        args.output_dir,
+        judges={side: read_detector(name).to(args.device) for side, name in names.items() if name is not None},
+        seeds=seeds,
+        training_log=trainer.state.log_history,
+        lora_dir=args.output_dir,
+        base_model=script.pipeline,
+    )
+    print_summary(results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Look at a patient during treatment: generate held-out prompts, judge the images, write a picture and a report."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from ..evaluation import area_ratio, before_after_grid, heatmap_overlay, image_grid, max_confidence, plot_curves
+from ..evaluation.report import Figure, Picture, Section, html_report
+from ..rewards import RewardOutput
+
+
+Score = Callable[[torch.Tensor, Sequence[str]], tuple[RewardOutput, Mapping[str, torch.Tensor]]]
+
+
+def diagnose_maps(maps: torch.Tensor, prefix: str = "") -> dict[str, torch.Tensor]:
+    """Artifact maps (B, 1, H, W) -> figures of each image, (B,), under the names that are logged."""
+    highest = max_confidence(maps)
+    return {
+        f"{prefix}artifact_frequency": (highest >= 0.5).float(),
+        f"{prefix}max_confidence": highest,
+        f"{prefix}area_ratio": area_ratio(maps),
+    }
+
+
+@torch.no_grad()
+def examine(
+    generate: Callable[[list[str], list[int]], torch.Tensor],
+    score: Score,
+    judge: Any,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    batch_size: int,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Generate and judge one image for each prompt and seed.
+
+    Returns:
+        For each image its `prompt`, `seed`, `image` (3, H, W) and `map` (1, H, W) or None, both on the CPU, and `figures`, a
+        dictionary of numbers.
+    """
+    patients = []
+    for start in range(0, len(prompts), batch_size):
+        batch, numbers = list(prompts[start : start + batch_size]), list(seeds[start : start + batch_size])
+        images = generate(batch, numbers).to(device).float()
+        output, scores = score(images, batch)
+        figures = {"reward": output.score}
+        figures |= {f"rewards/{name}": value for name, value in scores.items()} if len(scores) > 1 else {}
+        if output.map is not None:
+            figures |= diagnose_maps(output.map)
+        if judge is not None:
+            figures |= diagnose_maps(judge.confidence(images), "judge_")
+        for i, prompt in enumerate(batch):
+            patients.append(
+                {
+                    "prompt": prompt,
+                    "seed": numbers[i],
+                    "image": images[i].cpu(),
+                    "map": None if output.map is None else output.map[i].float().cpu(),
+                    "figures": {name: values[i].item() for name, values in figures.items()},
+                }
+            )
+    return patients
+
+
+def mean_figures(patients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean over the images of each figure of [`examine`]; the figures of no image are an empty dictionary."""
+    names = patients[0]["figures"] if patients else ()
+    return {name: math.fsum(patient["figures"][name] for patient in patients) / len(patients) for name in names}
+
+
+def draw(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """One picture of the same patients before and now, with heatmaps where the reward gives maps."""
+    captions = [patient["prompt"] for patient in after]
+    if all(patient["map"] is not None for patient in [*before, *after]):
+        stacks = [
+            torch.stack([patient[key] for patient in side]) for key in ("image", "map") for side in (before, after)
+        ]
+        return before_after_grid(*stacks, captions=captions)
+    rows = [[old["image"], new["image"]] for old, new in zip(before, after)]
+    return image_grid(rows, column_labels=["before", "after"], captions=captions)
+
+
+def overlay(patient: Mapping[str, Any]) -> torch.Tensor | None:
+    """The heatmap over the image of one patient, (3, H, W)."""
+    return None if patient["map"] is None else heatmap_overlay(patient["image"][None], patient["map"][None])[0]
+
+
+def show_in_trackers(callbacks: Sequence[Any], tag: str, picture: Image.Image, step: int) -> None:
+    """Send the picture to TensorBoard and Weights & Biases where their callbacks are active."""
+    for callback in callbacks:
+        if (writer := getattr(callback, "tb_writer", None)) is not None:
+            pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
+            writer.add_image(tag, pixels.view(picture.height, picture.width, 3), step, dataformats="HWC")
+        if (wandb := getattr(callback, "_wandb", None)) is not None and getattr(wandb, "run", None) is not None:
+            wandb.log({tag: wandb.Image(picture), "train/global_step": step})
+
+
+def write_training_report(output_dir: str | Path, log_history: Sequence[Mapping[str, Any]], title: str) -> Path:
+    """`training_report.html`: how the figures moved, the curves, the pictures of the evaluations, the newest first."""
+    output_dir = Path(output_dir)
+    evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
+    figures = []
+    for name in ("artifact_frequency", "judge_artifact_frequency", "max_confidence", "reward"):
+        values = [entry[f"eval_{name}"] for entry in evaluations if f"eval_{name}" in entry]
+        if values:
+            lower_is_better = name != "reward"
+            tone = (
+                "plain"
+                if values[-1] == values[0]
+                else "good"
+                if (values[-1] < values[0]) == lower_is_better
+                else "bad"
+            )
+            shape = "{:.1%} → {:.1%}" if "frequency" in name else "{:.3f} → {:.3f}"
+            judged_by = "by the judge" if name.startswith("judge_") else "by the rewards that are trained against"
+            label = name.removeprefix("judge_").replace("_", " ").capitalize()
+            figures.append(Figure(label, shape.format(values[0], values[-1]), judged_by, tone))
+    sections = []
+    curves = plot_curves(log_history, output_dir / "curves.png")
+    if curves is not None:
+        sections.append(Section("Curves", pictures=[Picture(curves)], wide=True))
+    pictures = sorted((output_dir / "eval").glob("step-*.png"), key=lambda path: int(path.stem.split("-")[1]))
+    for path in reversed(pictures[-3:]):
+        sections.append(Section(f"Step {path.stem.split('-')[1]}", pictures=[Picture(path)], wide=True))
+    steps = max((entry.get("step", 0) for entry in log_history), default=0)
+    return html_report(output_dir / "training_report.html", title, figures, sections, f"After {steps} steps.")

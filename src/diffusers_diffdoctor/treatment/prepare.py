@@ -1,0 +1,103 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Make ready what a treatment needs: the pipeline, the rewards, the adapter. Whatever cannot work is refused here."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
+from packaging.version import parse
+from peft import LoraConfig, PeftConfig
+
+from ..rewards import RewardOutput, as_reward
+from .config import PixelRewardConfig
+
+
+RewardFunc = Callable[[torch.Tensor, Sequence[str]], RewardOutput | torch.Tensor] | torch.nn.Module
+
+
+def load_pipeline(pipeline: str | os.PathLike | DiffusionPipeline, dtype: torch.dtype) -> DiffusionPipeline:
+    """An id, a folder or a loaded pipeline -> the pipeline, frozen. A `ValueError` says why a name leads to none."""
+    if isinstance(pipeline, (str, os.PathLike)):
+        pipeline = _from_pretrained(pipeline, dtype)
+    elif not isinstance(pipeline, DiffusionPipeline):
+        raise TypeError(
+            f"`pipeline` is a {type(pipeline).__name__}, but must be an id, a folder or a DiffusionPipeline."
+        )
+    for component in pipeline.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.requires_grad_(False).eval()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def _from_pretrained(pipeline: str | os.PathLike, dtype: torch.dtype) -> DiffusionPipeline:
+    path = Path(pipeline)
+    if path.exists() and not (path / "model_index.json").is_file():
+        raise ValueError(
+            f"`pipeline` is {str(pipeline)!r}, which has no model_index.json and so is no pipeline of diffusers. Pass the "
+            "folder that `pipe.save_pretrained(folder)` wrote."
+        )
+    name = "dtype" if parse(diffusers.__version__) >= parse("0.42") else "torch_dtype"
+    try:
+        return DiffusionPipeline.from_pretrained(str(pipeline), **{name: dtype})
+    except OSError as error:
+        raise ValueError(f"`pipeline` is {str(pipeline)!r}, which cannot be loaded: {error}") from error
+
+
+def build_rewards(
+    funcs: RewardFunc | list[RewardFunc], args: PixelRewardConfig
+) -> dict[str, tuple[torch.nn.Module, float]]:
+    """One function or several -> {name: (reward, weight)}."""
+    funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
+    weights = args.reward_weights or [1.0] * len(funcs)
+    if not funcs or len(weights) != len(funcs):
+        raise ValueError(
+            f"`reward_weights` has {len(weights)} entries for {len(funcs)} `reward_funcs`. Give one for each."
+        )
+    rewards = {}
+    for func, weight in zip(funcs, weights):
+        reward = as_reward(func, selection=args.pixel_selection, threshold=args.pixel_threshold)
+        _check_detector(getattr(reward, "detector", None))
+        name = getattr(reward, "__name__", type(reward).__name__)
+        rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = (reward, weight)
+    return rewards
+
+
+@torch.no_grad()
+def _check_detector(detector: Any | None) -> None:
+    """Refuse a detector whose maps have more than one channel, before training rather than in its first step."""
+    if detector is None:
+        return
+    parameter = next(detector.parameters(), None) if isinstance(detector, torch.nn.Module) else None
+    shape = tuple(
+        detector.confidence(torch.full((1, 3, 64, 64), 0.5, device=getattr(parameter, "device", None))).shape
+    )
+    if shape != (1, 1, 64, 64):
+        raise ValueError(
+            f"`reward_funcs` has a detector ({type(detector).__name__}) whose map of one 64x64 image has the shape {shape}, "
+            "but (1, 1, 64, 64) is needed: one channel, 1 = artifact. Train or convert it with one label."
+        )
+
+
+def add_lora(denoiser: torch.nn.Module, args: PixelRewardConfig, peft_config: PeftConfig | None = None) -> PeftConfig:
+    """Give the denoiser a trainable adapter in float32 and return its configuration, by default the one of `args`."""
+    if getattr(denoiser, "peft_config", None):
+        raise ValueError(
+            f"`pipeline` already has the adapters {list(denoiser.peft_config)}. Merge them before treatment: "
+            "pipe.fuse_lora(); pipe.unload_lora_weights()."
+        )
+    if peft_config is None:
+        peft_config = LoraConfig(
+            r=args.lora_rank,
+            lora_alpha=args.lora_alpha,
+            lora_dropout=args.lora_dropout,
+            target_modules=list(args.lora_target_modules),
+        )
+    denoiser.add_adapter(peft_config)
+    cast_training_params(denoiser, dtype=torch.float32)  # half precision would swallow small updates
+    return peft_config
