@@ -15,7 +15,7 @@ from diffusers_diffdoctor.evaluation import diagnose_images, find_images, tiled_
 
 
 class RedDetector(torch.nn.Module):
-    """The confidence of a pixel is its red channel times `weight`. Counts what it sees; `fuse` images later it is stopped."""
+    """The confidence of a pixel is its red channel times `weight`. Stopped after `fuse` images."""
 
     def __init__(self, weight=1.0, fuse=None):
         super().__init__()

@@ -96,14 +96,14 @@ def load_detector(name: str, device: str | None = None):
         config, _ = PreTrainedConfig.get_config_dict(location)
     except OSError as error:
         raise OSError(
-            f"`--detector {name}` is neither a folder with a config.json nor a model that the Hub gives out. To use the "
-            f"weights that the paper's authors released, convert them with `diffdoctor convert-detector`. ({error})"
+            f"`--detector {name}` is neither a folder with a config.json nor a model that the Hub gives out. To use "
+            f"the weights of the paper's authors, convert them with `diffdoctor convert-detector`. ({error})"
         ) from error
     found, expected = config.get("model_type"), ArtifactDetectorConfig.model_type
     if found != expected:
         raise ValueError(
-            f"`--detector {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. Train one, "
-            "or convert the authors' release with `diffdoctor convert-detector`."
+            f"`--detector {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. "
+            "Train one, or convert the authors' release with `diffdoctor convert-detector`."
         )
     return ArtifactDetectorForSemanticSegmentation.from_pretrained(location).to(device).eval()
 

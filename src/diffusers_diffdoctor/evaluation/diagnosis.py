@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Diagnose files: find images, read them safely, judge them in batches, and write a ranked report that can be resumed."""
+"""Diagnose files: find images, read them safely, judge them in batches, write a ranked report; resumable."""
 
 import hashlib
 import json
@@ -24,8 +24,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SETTINGS, DIAGNOSIS, QUARANTINE, BEST = "settings.json", "diagnosis.jsonl", "quarantine.jsonl", "best.jsonl"
 REPORT, OVERLAYS = "report.html", "overlays"
 
-# Memory stays bounded whatever the images are: a batch holds at most so many pixels (16 images of 1024 x 1024), and so do
-# decoded images that wait for others of their size.
+# Memory stays bounded whatever the images are: a batch holds at most so many pixels (16 images of 1024 x 1024), and so
+# do decoded images that wait for others of their size.
 BATCH_PIXELS = 16 * 2**20
 WAITING_PIXELS = 64 * 2**20
 
@@ -50,8 +50,8 @@ def diagnose_images(
     Args:
         paths: image files, and folders that are searched for PNG, JPEG, WEBP and BMP files at any depth.
         output_dir: folder for
-            diagnosis.jsonl (one row per image: `path`, `max_confidence` and `area_ratio` in [0, 1], `artifact` (maximum
-            confidence of at least `threshold`), `overlay`, `width`, `height`, `bytes`, `mtime_ns`),
+            diagnosis.jsonl (one row per image: `path`, `max_confidence` and `area_ratio` in [0, 1], `artifact`
+            (maximum confidence of at least `threshold`), `overlay`, `width`, `height`, `bytes`, `mtime_ns`),
             quarantine.jsonl (one row per file that cannot be read or that the detector refuses: `path`, `reason`),
             best.jsonl (the `top_k` cleanest), overlays/ (heatmaps over the images), report.html and settings.json.
         detector: a model with `confidence(images)`, on the device it is to run on, in evaluation mode.
@@ -65,9 +65,9 @@ def diagnose_images(
         report_images: most images to show in report.html.
 
     Returns:
-        `images` = `diagnosed` + `quarantined`, `resumed` (diagnosed by earlier runs), `dropped` (of earlier runs, but not
-        among the files now), `artifacts`, `interval` (95 %, of the artifact frequency; None without images), `best` (rows)
-        and `report` (path).
+        `images` = `diagnosed` + `quarantined`, `resumed` (diagnosed by earlier runs), `dropped` (of earlier runs, but
+        not among the files now), `artifacts`, `interval` (95 %, of the artifact frequency; None without images),
+        `best` (rows) and `report` (path).
 
     Raises:
         ValueError: no image found, or the folder holds a diagnosis with other settings.
@@ -175,9 +175,10 @@ def tiled_confidence(
 ) -> torch.Tensor:
     """See the whole and the details: (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [0, 1].
 
-    A detector that works at 512 pixels does not see a small hand in a large image. Here it looks at the whole image, and at
-    square tiles of `tile_size` pixels, a size it does not have to shrink, that overlap by `overlap` of their side; each
-    pixel takes its highest confidence. More artifacts are found and more false alarms raised. The rule is ours.
+    A detector that works at 512 pixels does not see a small hand in a large image. Here it looks at the whole image,
+    and at square tiles of `tile_size` pixels, a size it does not have to shrink, that overlap by `overlap` of their
+    side; each pixel takes its highest confidence. More artifacts are found and more false alarms raised. The rule is
+    ours.
     """
     maps = detector.confidence(images)
     height, width = images.shape[-2:]
@@ -344,8 +345,8 @@ def _resume(output_dir: Path, settings: Mapping, restart: bool) -> dict[str, dic
         ]
         if changed:
             raise ValueError(
-                f"{output_dir} holds a diagnosis with other settings ({'; '.join(changed)}), and the two must not be mixed. "
-                "Use the same settings, another output folder, or restart (--restart) to replace the old diagnosis."
+                f"{output_dir} holds a diagnosis with other settings ({'; '.join(changed)}), and the two must not be "
+                "mixed. Use the same settings, another output folder, or restart (--restart) to replace the old one."
             )
     write_atomically(known, json.dumps(settings, indent=2).encode("utf-8"))
     return {row["path"]: row for row in earlier}
@@ -403,8 +404,8 @@ def _write_html(
         sections.append(
             Section(
                 "Worst first",
-                f"The {len(worst)} images with the highest confidence of {diagnosed}: the image, and the diagnosis over it."
-                " Yellow is a suspicion, magenta a certainty.",
+                f"The {len(worst)} images with the highest confidence of {diagnosed}: the image, and the diagnosis "
+                "over it. Yellow is a suspicion, magenta a certainty.",
                 pictures=[_card(row, output_dir) for row in worst],
             )
         )
@@ -412,7 +413,7 @@ def _write_html(
         sections.append(
             Section(
                 "Cleanest",
-                f"The {len(summary['best'])} images with the lowest confidence, the cleanest first; at most 24 are shown.",
+                f"The {len(summary['best'])} images with the lowest confidence, cleanest first; at most 24 are shown.",
                 pictures=[_card(row, output_dir) for row in summary["best"][:24]],
             )
         )
@@ -420,13 +421,11 @@ def _write_html(
         sections.append(
             Section(
                 "Quarantined",
-                f"The first {min(100, len(bad))} of {len(bad)} files that could not be diagnosed; {QUARANTINE} has all.",
+                f"The first {min(100, len(bad))} of {len(bad)} files that could not be diagnosed ({QUARANTINE}).",
                 table=Table(("file", ""), [(row["path"], row["reason"]) for row in bad[:100]]),
             )
         )
-    sections.append(
-        Section("Settings", table=Table(("", ""), [(key, str(value)) for key, value in settings.items()]))
-    )
+    sections.append(Section("Settings", table=Table(("", ""), [(key, str(value)) for key, value in settings.items()])))
     html_report(
         output_dir / REPORT,
         "Diagnosis",

@@ -1,11 +1,11 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Figures of merit as small pure functions.
 
-Shapes: images (B, 3, H, W) and artifact maps (B, 1, H, W), both floats in [0, 1]; 1 = artifact. Functions that return (B,)
-give one figure per image, so that images of different sizes can be averaged with equal weight.
+Shapes: images (B, 3, H, W) and artifact maps (B, 1, H, W), both floats in [0, 1]; 1 = artifact. Functions that return
+(B,) give one figure per image, so that images of different sizes can be averaged with equal weight.
 
-"The paper" is DiffDoctor, arXiv 2501.12382. It gives neither the formulas of its KL columns nor the rule behind "artifact
-frequency"; where a choice is ours, the docstring says so.
+"The paper" is DiffDoctor, arXiv 2501.12382. It gives neither the formulas of its KL columns nor the rule behind
+"artifact frequency"; where a choice is ours, the docstring says so.
 """
 
 import math
@@ -30,14 +30,14 @@ def area_ratio(maps: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
 def artifact_frequency(maps: torch.Tensor, threshold: float = 0.5) -> float:
     """(B, 1, H, W) -> share in [0, 1] of the images with an artifact: maximum confidence of at least `threshold`.
 
-    The rule and the 0.5 are what others who report this figure use; the paper leaves them open. Measured with the detector
-    that was trained against, the figure is circular: use a judge that treatment never saw.
+    The rule and the 0.5 are what others who report this figure use; the paper leaves them open. Measured with the
+    detector that was trained against, the figure is circular: use a judge that treatment never saw.
     """
     return (max_confidence(maps) >= threshold).double().mean().item()
 
 
 def map_mse(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """(B, 1, H, W) twice -> (B,): mean squared difference of the confidences over an image's pixels (the paper's L_AD)."""
+    """(B, 1, H, W) twice -> (B,): mean squared difference over an image's pixels, the paper's L_AD."""
     _check_maps(predicted=predicted, target=target)
     return (predicted - target).square().flatten(1).mean(dim=1)
 
@@ -45,8 +45,8 @@ def map_mse(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 def kl_misses(predicted: torch.Tensor, target: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
     """(B, 1, H, W) twice -> (B,), nats per pixel, >= 0: how much the prediction says too little.
 
-    The Bernoulli divergence KL(target || predicted) of the pixels where predicted < target, over all pixels of the image.
-    With a 0/1 target that is the mean of -log(predicted) over artifact pixels, 0 elsewhere. Together with
+    The Bernoulli divergence KL(target || predicted) of the pixels where predicted < target, over all pixels of the
+    image. With a 0/1 target that is the mean of -log(predicted) over artifact pixels, 0 elsewhere. Together with
     [`kl_false_alarms`] it adds up to the whole divergence. The paper names its columns KL and KL(1-) and leaves the
     formulas open; this one is ours. `eps` keeps predictions away from 0 and 1, where the divergence is infinite.
     """
@@ -81,12 +81,13 @@ def error_rates(scores: torch.Tensor, wrong: torch.Tensor, threshold: float = 0.
         threshold: the judge says "artifact" from this score on.
 
     Returns:
-        `misses`: share of the wrong images called sound; `false_alarms`: share of the sound images called wrong. nan where
-        there is no image of that sort.
+        `misses`: share of the wrong images called sound; `false_alarms`: share of the sound images called wrong.
+        nan where there is no image of that sort.
     """
     if scores.shape != wrong.shape or scores.ndim != 1:
         raise ValueError(
-            f"`scores` and `wrong` must be 1-d and of one length, found {tuple(scores.shape)} and {tuple(wrong.shape)}."
+            "`scores` and `wrong` must be 1-d and of one length, found shapes "
+            f"{tuple(scores.shape)} and {tuple(wrong.shape)}."
         )
     wrong, called = wrong.bool(), scores >= threshold
     return {
@@ -98,8 +99,8 @@ def error_rates(scores: torch.Tensor, wrong: torch.Tensor, threshold: float = 0.
 def pairwise_diversity(features: torch.Tensor, groups: Sequence[Hashable], distance: str = "cosine") -> float:
     """How different the images of one group (one prompt, say) are from each other; 0 = all alike, higher is better.
 
-    The mean distance over all pairs within a group, then the mean over groups. Groups of one image have no pair and are
-    left out.
+    The mean distance over all pairs within a group, then the mean over groups. Groups of one image have no pair and
+    are left out.
 
     Args:
         features: (N, F), one row per image, for example CLIP image embeddings.
@@ -119,7 +120,7 @@ def pairwise_diversity(features: torch.Tensor, groups: Sequence[Hashable], dista
     members = {group: indices for group, indices in members.items() if len(indices) > 1}
     if not members:
         raise ValueError(
-            "No entry of `groups` occurs twice, so there is no pair to compare: generate at least two images per group."
+            "No entry of `groups` occurs twice, so there is no pair to compare: give at least two images per group."
         )
     means = []
     for indices in members.values():

@@ -11,7 +11,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
-# Colour of a confidence: yellow is a suspicion, magenta a certainty. Nothing is drawn at 0, so the stop there is not seen.
+# Colour of a confidence: yellow is a suspicion, magenta a certainty. At 0 nothing is drawn.
 HEAT = {0.0: (1.0, 0.95, 0.35), 0.35: (1.0, 0.62, 0.05), 0.7: (0.93, 0.1, 0.1), 1.0: (0.72, 0.0, 0.5)}
 
 INK, FAINT_INK, PAPER, MISSING = (28, 32, 38), (104, 110, 120), (255, 255, 255), (240, 241, 243)
@@ -33,13 +33,13 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 def read_image(path: str | os.PathLike) -> Image.Image:
     """Read an image of unknown origin as RGB, upright, transparent parts on white; the first frame of an animation.
 
-    Only the formats of `READABLE_FORMATS` are tried, whatever the file is called, because every further decoder is one more
-    that a crafted file can attack.
+    Only the formats of `READABLE_FORMATS` are tried, whatever the file is called, because every further decoder is one
+    more that a crafted file can attack.
 
     Raises:
-        Exception: the file is missing, in another format, broken or cut short (mostly `OSError`), or unpacks to more pixels
-            than `PIL.Image.MAX_IMAGE_PIXELS` (`PIL.Image.DecompressionBombError`; Pillow itself only warns up to twice as
-            many). Decoders raise many types; catch `Exception` where a bad file must not stop the rest.
+        Exception: the file is missing, in another format, broken or cut short (mostly `OSError`), or unpacks to more
+            pixels than `PIL.Image.MAX_IMAGE_PIXELS` (`PIL.Image.DecompressionBombError`; Pillow itself only warns up
+            to twice as many). Decoders raise many types; catch `Exception` where a bad file must not stop the rest.
     """
     with Image.open(path, formats=READABLE_FORMATS) as image:
         if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
@@ -199,8 +199,8 @@ def plot_curves(
     """Draw a training log as small multiples: one panel for each metric, over the steps.
 
     Args:
-        history: rows like those of `trainer.state.log_history`: each has a "step" and some numbers. A key and the same key
-            with the prefix "eval_" share a panel.
+        history: rows like those of `trainer.state.log_history`: each has a "step" and some numbers. A key and the same
+            key with the prefix "eval_" share a panel.
         path: PNG file to write.
         keys: the metrics to draw, without "eval_"; by default every number of the log that is not about time or speed.
 
@@ -279,7 +279,7 @@ def _tile(picture: Tile, size: int) -> Image.Image | None:
 
 
 def _font(size: int):
-    # Pillow's own font: the same letters on every machine. Without FreeType it is a small bitmap font of Latin letters.
+    # Pillow's own font: the same letters on every machine. Without FreeType it has Latin letters only.
     return ImageFont.load_default(size)
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""One HTML file that needs nothing else: pictures are inlined, all text is escaped, the browser is told to fetch nothing."""
+"""One HTML file that needs nothing else: inlined pictures, escaped text, no request to anywhere."""
 
 import base64
 import io
@@ -90,7 +90,7 @@ def html_report(
 
 
 def inline_image(image: Image.Image | str | os.PathLike) -> str:
-    """A `data:` address that holds the picture: PNG for small ones, whose pixels are looked at, JPEG for photographs."""
+    """A `data:` address that holds the picture: PNG for small ones, whose pixels matter, JPEG for large."""
     if isinstance(image, Image.Image):
         image, buffer = image.convert("RGB"), io.BytesIO()
         if image.width * image.height <= 160 * 160:

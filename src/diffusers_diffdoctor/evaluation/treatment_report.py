@@ -59,18 +59,19 @@ def treatment_report(
         after: (N, 3, H, W) in [0, 1], images of the treated pipeline from the same prompts and seeds.
         prompts: N texts.
         output_dir: folder for report.json, report.html, report.png (grid) and, with a `training_log`, curves.png.
-        judges: name -> judge; the first one is the one that counts: its diagnosis is shown, and `change` is measured around
-            it. Put a judge there that the treatment never saw, and the detector that was trained against after it, for
-            example `{"judge": judge, "detector": detector}`.
+        judges: name -> judge; the first one is the one that counts: its diagnosis is shown, and `change` is measured
+            around it. Put a judge there that the treatment never saw, and the detector that was trained against after
+            it, for example `{"judge": judge, "detector": detector}`.
         seeds: N seeds, only recorded.
         categories: N names; then the artifact frequency is also reported for each category.
         fidelity: callable(images, prompts) -> (N,) scores, higher is better, for example `ClipScore`.
         fidelity_name: what `fidelity` measures, for people.
         features: callable(images) -> (N, F) embeddings, for the diversity. Without it the diversity is not measured.
-        diversity_groups: N labels (or one per image of `diversity_images`); distances are taken within a group. By default
-            the prompts.
+        diversity_groups: N labels (or one per image of `diversity_images`); distances are taken within a group. By
+            default the prompts.
         diversity_images: images (before, after) made for the diversity, when those above have one seed per prompt.
-        judge_error_rates: published error rates of the judge, see [`error_rates`]; recorded and shown with its figures.
+        judge_error_rates: published error rates of the judge, see [`error_rates`]; recorded and shown with its
+            figures.
         training_log: `trainer.state.log_history`.
         lora_dir: where the treated weights lie, for the instructions.
         base_model: id or folder of the untreated pipeline, for the instructions.
@@ -274,7 +275,8 @@ def _write_html(report, path, title, grid, curves, shown) -> None:
     sections = [
         Section(
             "Before and after",
-            f"{shown} of {report['counts']['images']} images, evenly spaced and not picked; the diagnosis is by “{main}”.",
+            f"{shown} of {report['counts']['images']} images, evenly spaced and not picked; "
+            f"the diagnosis is by “{main}”.",
             pictures=[Picture(grid)],
             wide=True,
         ),
@@ -353,7 +355,7 @@ def _in_batches(function, images: torch.Tensor, batch_size: int, progress, *colu
         result = torch.as_tensor(function(images[part], *(column[part] for column in columns))).detach().float().cpu()
         if len(result) != len(images[part]):
             raise ValueError(
-                f"{function!r} returned {len(result)} rows for {len(images[part])} images; one row per image is expected."
+                f"{function!r} returned {len(result)} rows for {len(images[part])} images; expected one per image."
             )
         results.append(result)
         progress.update()
@@ -381,8 +383,8 @@ def _check(before, after, prompts, judges, seeds, categories, features, groups, 
     for name, images in (("before", before), ("after", after)):
         if not images.is_floating_point() or not (0 <= images.min() and images.max() <= 1):
             raise ValueError(
-                f"`{name}` must be floats in [0, 1], found {images.dtype} in [{images.min():.3g}, {images.max():.3g}]; "
-                'a pipeline gives them with output_type="pt".'
+                f"`{name}` must be floats in [0, 1], found {images.dtype} in "
+                f'[{images.min():.3g}, {images.max():.3g}]; a pipeline gives them with output_type="pt".'
             )
     for name, column in (("prompts", prompts), ("seeds", seeds), ("categories", categories)):
         if column is not None and len(column) != len(before):
