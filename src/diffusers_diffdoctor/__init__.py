@@ -9,6 +9,8 @@ Registration with the Auto classes and the pipeline registry of transformers sti
 import importlib
 from typing import TYPE_CHECKING
 
+from . import _registration
+
 
 __version__ = "0.1.0.dev0"
 
@@ -53,3 +55,6 @@ def __getattr__(name):
 
 def __dir__():
     return __all__
+
+
+_registration.install()

@@ -1,0 +1,141 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""The task `pipeline("artifact-detection")`: image in, artifact map and two figures out."""
+
+import http.client
+import io
+import os
+import urllib.request
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from transformers import Pipeline
+
+from .tiling import tiled_confidence
+
+
+TASK = "artifact-detection"
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the fewer decoders a stranger's file can reach, the better
+MAX_DOWNLOAD_BYTES = 256 * 2**20
+
+
+def load_image(source: str | os.PathLike | Image.Image, timeout: float | None = 30.0) -> Image.Image:
+    """Open an image as RGB, turned as its EXIF orientation says.
+
+    Args:
+        source: path, http(s) URL or PIL image. Formats: PNG, JPEG, WEBP, BMP, TIFF.
+        timeout: seconds to wait for a server.
+
+    Raises:
+        TypeError: something else.
+        ValueError: no image of these formats, or one of more than 89 million pixels, which Pillow takes for a
+            decompression bomb.
+        OSError: the file does not exist or the URL cannot be read.
+    """
+    if isinstance(source, Image.Image):
+        return ImageOps.exif_transpose(source).convert("RGB")
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"An image must be a path, a URL or a PIL image, got {type(source).__name__}.")
+    source = os.fspath(source)
+    data = _download(source, timeout) if source.startswith(("http://", "https://")) else source
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(data, formats=IMAGE_FORMATS) as image:
+                return ImageOps.exif_transpose(image).convert("RGB")
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise ValueError(f"{source!r} is too large to be opened safely: {error}") from error
+    except (Image.UnidentifiedImageError, SyntaxError) as error:
+        raise ValueError(f"{source!r} is not an image in one of the formats {', '.join(IMAGE_FORMATS)}.") from error
+
+
+def _download(url: str, timeout: float | None) -> io.BytesIO:
+    request = urllib.request.Request(url, headers={"User-Agent": "diffusers-diffdoctor"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            data = response.read(MAX_DOWNLOAD_BYTES + 1)
+    except (OSError, http.client.HTTPException) as error:
+        raise OSError(f"Cannot read {url}: {error}") from error
+    if len(data) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB.")
+    return io.BytesIO(data)
+
+
+class ArtifactDetectionPipeline(Pipeline):
+    """Find the artifacts of generated images with any [`ArtifactDetectorForSemanticSegmentation`].
+
+    ```python
+    >>> import diffusers_diffdoctor
+    >>> from transformers import pipeline
+
+    >>> detect = pipeline("artifact-detection", model="diffdoctor/detector")
+    >>> detect("image.png")
+    {'artifact_map': <PIL.Image.Image mode=L size=1024x1024>, 'max_confidence': 0.93, 'area_ratio': 0.04}
+    ```
+
+    The preprocessing is the model's own, in `confidence`; the pipeline needs no image processor.
+    """
+
+    _load_processor = False
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if not callable(getattr(self.model, "confidence", None)):
+            raise TypeError(
+                f"The task {TASK!r} needs an artifact detector, a model with `confidence(images)`; "
+                f"{type(self.model).__name__} has none."
+            )
+        self.model.eval()
+
+    def __call__(
+        self, inputs: str | os.PathLike | Image.Image | list, **kwargs
+    ) -> dict[str, Any] | list[dict[str, Any]]:
+        """Diagnose images.
+
+        Args:
+            inputs: a path, a URL, a PIL image, or a list of them (mixed as you like), or a generator or dataset of them.
+            threshold (`float`, *optional*, defaults to 0.5): confidence in [0, 1] from which a pixel counts as artifact.
+            tile (`int`, *optional*): side in pixels of square tiles in which the image is seen besides as a whole, so
+                that small hands and faces in large images are found. See [`tiled_confidence`].
+            overlap (`int`, *optional*): pixels that neighbouring tiles share; a quarter of `tile` by default.
+            timeout (`float`, *optional*, defaults to 30): seconds to wait for the server of a URL; `None` waits for ever.
+
+        Returns:
+            a dictionary for one image, a list of them for a list: `artifact_map` (PIL "L" image of the image's size, 255 =
+            confidence 1), `max_confidence` in [0, 1], `area_ratio` in [0, 1] (share of pixels with at least `threshold`).
+        """
+        return super().__call__(inputs, **kwargs)
+
+    def _sanitize_parameters(self, threshold=None, tile=None, overlap=None, **kwargs):
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must lie in [0, 1], got {threshold}.")
+        if overlap is not None and tile is None:
+            raise ValueError("overlap says how much tiles share; pass tile as well.")
+        preprocess = {"timeout": kwargs.pop("timeout")} if "timeout" in kwargs else {}
+        if kwargs:
+            raise TypeError(f"Unknown options {', '.join(kwargs)}; there are threshold, tile, overlap and timeout.")
+        forward = {"tile": tile, "overlap": overlap} if tile is not None else {}
+        postprocess = {"threshold": threshold} if threshold is not None else {}
+        return preprocess, forward, postprocess
+
+    def preprocess(self, image, timeout: float | None = 30.0) -> dict[str, torch.Tensor]:
+        array = np.array(load_image(image, timeout))
+        return {"images": torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255}
+
+    def _forward(self, inputs, tile: int | None = None, overlap: int | None = None) -> dict[str, torch.Tensor]:
+        images = inputs["images"]
+        maps = self.model.confidence(images) if tile is None else tiled_confidence(self.model, images, tile, overlap)
+        return {"maps": maps}
+
+    def postprocess(self, outputs, threshold: float = 0.5) -> dict[str, Any]:
+        artifact_map = outputs["maps"][0, 0]
+        return {
+            "artifact_map": Image.fromarray((artifact_map * 255).round().byte().numpy()),
+            "max_confidence": artifact_map.max().item(),
+            "area_ratio": (artifact_map >= threshold).float().mean().item(),
+        }
