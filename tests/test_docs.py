@@ -3,6 +3,7 @@
 
 import ast
 import dataclasses
+import importlib
 import inspect
 import re
 import textwrap
@@ -62,11 +63,16 @@ def test_documented_methods_exist_and_explain_themselves():
 
 
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md"], ids=lambda page: page.stem)
-def test_snippets_call_our_classes_with_arguments_that_exist(page):
+def test_snippets_call_our_code_with_arguments_that_exist(page):
     for code in python_blocks(page):
+        ours = {name: getattr(diffusers_diffdoctor, name) for name in PUBLIC}
+        for node in ast.walk(ast.parse(code)):
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("diffusers_diffdoctor"):
+                module = importlib.import_module(node.module)
+                ours |= {alias.asname or alias.name: getattr(module, alias.name) for alias in node.names}
         for call in ast.walk(ast.parse(code)):
-            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in PUBLIC:
-                accepted = inspect.signature(getattr(diffusers_diffdoctor, call.func.id)).parameters
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ours:
+                accepted = inspect.signature(ours[call.func.id]).parameters
                 assert {keyword.arg for keyword in call.keywords} <= set(accepted), call.func.id
 
 

@@ -6,8 +6,11 @@ as it would for a user; `hub.python(code)` runs one.
 """
 
 import os
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
+from pathlib import Path
 
 import hub_server
 import numpy as np
@@ -25,9 +28,12 @@ from diffusers_diffdoctor import (
 )
 
 
-@pytest.fixture
-def hub(tmp_path):
-    """A running hub that can also start processes which talk to it: `hub.python(code, **variables) -> stdout`."""
+DOCS = Path(__file__).parent.parent / "docs/source"
+
+
+@contextmanager
+def running_hub(folder: Path):
+    """A hub that can also start processes which talk to it from `folder`: `hub.python(code) -> stdout`."""
     with hub_server.serve() as hub:
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
         environment |= {
@@ -39,12 +45,12 @@ def hub(tmp_path):
             "OMP_NUM_THREADS": "1",
         }
 
-        def python(code: str, home: str = "home", arguments=(), **variables) -> str:
+        def python(code: str, home: str = "home") -> str:
             """Runs `code`; `home` names the download cache, so that another name means an empty cache."""
             done = subprocess.run(
-                [sys.executable, "-c", code, *map(str, arguments)],
-                env=environment | {"HF_HOME": str(tmp_path / home)} | variables,
-                cwd=tmp_path,
+                [sys.executable, "-c", code],
+                env=environment | {"HF_HOME": str(folder / home)},
+                cwd=folder,
                 capture_output=True,
                 text=True,
                 timeout=300,
@@ -53,6 +59,12 @@ def hub(tmp_path):
             return done.stdout
 
         hub.python = python
+        yield hub
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with running_hub(tmp_path) as hub:
         yield hub
 
 
@@ -110,9 +122,8 @@ class TestLocalHub:
             api.upload_file(repo_id="diffdoctor/things", path_in_repo="README.md", path_or_fileobj=card)
 
 
-@pytest.fixture
-def detector(tmp_path):
-    """A folder with a tiny random detector and its image processor, and the confidence map that it gives."""
+def save_tiny_detector(folder: Path) -> None:
+    """A random detector with its image processor in `folder/detector`; an image and the map that the detector gives it."""
     torch.manual_seed(0)
     config = ArtifactDetectorConfig(
         depths=[1, 1, 1, 1],
@@ -124,14 +135,13 @@ def detector(tmp_path):
     model = ArtifactDetectorForSemanticSegmentation(config).eval()
     for parameter in model.parameters():  # away from the near-constant answers of a fresh network
         torch.nn.init.normal_(parameter, std=0.2)
-    model.save_pretrained(tmp_path / "detector")
-    ArtifactDetectorImageProcessor.from_pretrained(tmp_path / "detector").save_pretrained(tmp_path / "detector")
+    model.save_pretrained(folder / "detector")
+    ArtifactDetectorImageProcessor.for_detector(config).save_pretrained(folder / "detector")
     pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "image.png")
-    images = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    Image.fromarray(pixels).save(folder / "image.png")
+    images = (torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255).contiguous()
     with torch.no_grad():
-        save_file({"images": images.contiguous(), "maps": model.confidence(images)}, tmp_path / "expected.safetensors")
-    return tmp_path / "detector"
+        save_file({"images": images, "maps": model.confidence(images)}, folder / "expected.safetensors")
 
 
 PUSH_DETECTOR = """
@@ -150,23 +160,49 @@ with torch.no_grad():
 """
 
 
-class TestDetector:
-    def test_loads_literally_by_id(self, hub, detector):
+@pytest.fixture(scope="class")
+def pushed(tmp_path_factory):
+    """A hub that holds diffdoctor/detector, pushed by a process of its own."""
+    folder = tmp_path_factory.mktemp("hub")
+    save_tiny_detector(folder)
+    with running_hub(folder) as hub:
+        hub.folder = folder
         hub.python(PUSH_DETECTOR)
-        files = hub.files("diffdoctor/detector")
+        yield hub
+
+
+class TestDetector:
+    def test_what_is_pushed(self, pushed):
+        files = pushed.files("diffdoctor/detector")
         assert {"config.json", "model.safetensors", "preprocessor_config.json", "README.md"} <= set(files)
-        assert files["model.safetensors"] == (detector / "model.safetensors").read_bytes()
+        assert files["model.safetensors"] == (pushed.folder / "detector/model.safetensors").read_bytes()
         assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
 
-        load = 'model = ArtifactDetectorForSemanticSegmentation.from_pretrained("diffdoctor/detector")'
-        hub.python(f"from diffusers_diffdoctor import *\n{load}\n{EQUAL}", home="of somebody else")
-        assert "GET /diffdoctor/detector/resolve" in " ".join(hub.requests)
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.library_name == "transformers"
+        assert "artifact-detection" in card.data.tags
+        assert 'pipeline("artifact-detection", model="diffdoctor/detector")' in card.text
 
-    def test_loads_through_the_auto_classes_and_the_pipeline(self, hub, detector):
-        hub.python(PUSH_DETECTOR)
+    def test_loads_literally_by_id(self, pushed):
         code = f"""
-import diffusers_diffdoctor
+from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation
+model = ArtifactDetectorForSemanticSegmentation.from_pretrained("diffdoctor/detector")
+{EQUAL}
+try:
+    ArtifactDetectorForSemanticSegmentation.from_pretrained("diffdoctor/missing")
+except OSError as error:
+    assert "diffdoctor/missing" in str(error)
+else:
+    raise AssertionError("a repository that is not there was loaded")
+"""
+        before = len(pushed.requests)
+        pushed.python(code, home="of one who loads by class")
+        assert any(request.endswith("/model.safetensors") for request in pushed.requests[before:])
+
+    def test_loads_through_the_auto_classes_and_the_pipeline(self, pushed):
+        code = f"""
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+import diffusers_diffdoctor
 
 model = AutoModelForSemanticSegmentation.from_pretrained("diffdoctor/detector")
 assert type(model) is diffusers_diffdoctor.ArtifactDetectorForSemanticSegmentation, type(model)
@@ -178,10 +214,9 @@ result = pipeline("artifact-detection", model="diffdoctor/detector")("image.png"
 assert result["artifact_map"].size == (96, 64) and result["artifact_map"].mode == "L"
 assert abs(result["max_confidence"] - expected["maps"].max().item()) < 0.02, result
 """
-        hub.python(code, home="of somebody else")
+        pushed.python(code, home="of one who loads by task")
 
-    def test_loads_without_this_package_where_remote_code_is_trusted(self, hub, detector):
-        hub.python(PUSH_DETECTOR)
+    def test_loads_without_this_package_where_remote_code_is_trusted(self, pushed):
         code = f"""
 import sys
 sys.modules["diffusers_diffdoctor"] = None  # as if it were not installed
@@ -189,24 +224,23 @@ from transformers import AutoModelForSemanticSegmentation
 model = AutoModelForSemanticSegmentation.from_pretrained("diffdoctor/detector", trust_remote_code=True)
 {EQUAL}
 """
-        hub.python(code, home="of somebody else")
+        pushed.python(code, home="of one who trusts")
 
-    def test_model_card(self, hub, detector):
-        hub.python(PUSH_DETECTOR)
-        card = ModelCard(hub.files("diffdoctor/detector")["README.md"].decode())
-        assert card.data.library_name == "transformers"
-        assert "artifact-detection" in card.data.tags
-        assert 'pipeline("artifact-detection", model="diffdoctor/detector")' in card.text
 
-    def test_a_card_written_by_hand_is_kept(self, hub, api, detector):
-        api.create_repo("diffdoctor/detector")
-        content = b"---\nlicense: apache-2.0\n---\n# By hand\n"
-        api.upload_file(repo_id="diffdoctor/detector", path_in_repo="README.md", path_or_fileobj=content)
-        hub.python(PUSH_DETECTOR)
-        assert "# By hand" in hub.files("diffdoctor/detector")["README.md"].decode()
+def test_the_documentation_runs(hub, api, tmp_path):
+    """The blocks marked runnable in the quick tour and the page on the Hub, in the order of the pages.
 
-    def test_an_unknown_id_says_so(self, hub):
-        code = "from diffusers_diffdoctor import *\n"
-        code += "try: ArtifactDetectorForSemanticSegmentation.from_pretrained('diffdoctor/missing')\n"
-        code += "except OSError as error: print(error)"
-        assert "diffdoctor/missing" in hub.python(code)
+    The page says that a card written by hand is kept, so there is one.
+    """
+    save_tiny_detector(tmp_path)
+    repo_id = f"{hub_server.USER}/detector"
+    api.create_repo(repo_id)
+    content = b"---\nlicense: apache-2.0\n---\n# By hand\n"
+    api.upload_file(repo_id=repo_id, path_in_repo="README.md", path_or_fileobj=content)
+    pages = [(DOCS / f"{name}.md").read_text("utf-8") for name in ("quicktour", "hub")]
+    blocks = re.findall(r"<!-- runnable -->\n```python\n(.*?)```", "\n".join(pages), re.S)
+    assert len(blocks) == 4
+    hub.python("\n".join(blocks).replace("your-name/", f"{hub_server.USER}/"))
+    files = hub.files(repo_id)
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
+    assert "# By hand" in files["README.md"].decode()
