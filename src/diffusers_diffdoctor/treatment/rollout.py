@@ -232,6 +232,12 @@ class DifferentiableRollout(nn.Module):
             raise ValueError(
                 f"`pipeline_kwargs` has {taken}, which the rollout sets. Use its own arguments and remove them."
             )
+        for key in ("timesteps", "sigmas"):
+            if extra.get(key) is not None and len(extra[key]) != self.num_inference_steps:
+                raise ValueError(
+                    f"`pipeline_kwargs` has {len(extra[key])} {key}, but `num_inference_steps` is {self.num_inference_steps}: "
+                    "make them equal."
+                )
         defaults = dict(self.family.call_defaults) if self.family is not None else {}
         sizes = {"height": self.height, "width": self.width, "num_inference_steps": self.num_inference_steps}
         # some pipelines, such as those with a `resolution`, take no size
@@ -305,8 +311,8 @@ class DifferentiableRollout(nn.Module):
         options["device"] = next((encoder.device for encoder in encoders if encoder is not None), pipeline.device)
         # Later texts of the prompt are the prompt itself unless given.
         options |= {key: None for key in ("prompt_2", "prompt_3") if key in accepted and key not in options}
-        if "do_classifier_free_guidance" in accepted:
-            options["do_classifier_free_guidance"] = True
+        fixed = {"do_classifier_free_guidance": True, "num_images_per_prompt": 1}
+        options |= {key: value for key, value in fixed.items() if key in accepted}
         texts = {key: self._repeat(value, len(prompts)) for key, value in options.items() if key in _TEXTS}
         fields = self._encode_fields(prompts, options | texts)
         negative = self.call_kwargs.get("negative_prompt")
@@ -425,6 +431,7 @@ class DifferentiableRollout(nn.Module):
         # CPU generators give the same noise on every device
         kwargs["generator"] = [torch.Generator().manual_seed(seed) for seed in seeds]
         wanted = torch.is_grad_enabled()
+        before = self.num_inference_steps - self.gradient_steps  # steps before the window
         finished, latents = 0, None
         step = scheduler.step
 
@@ -434,14 +441,13 @@ class DifferentiableRollout(nn.Module):
             result = step(*args, **kwargs)
             finished += 1
             latents = result[0]
-            # A scheduler of order 2 steps twice for one step of the user, and others add steps of their own.
-            remaining = len(scheduler.timesteps) - finished
-            torch.set_grad_enabled(wanted and remaining <= self.gradient_steps * scheduler.order)
+            # a scheduler of order 2 steps twice for each step but the last
+            torch.set_grad_enabled(wanted and finished >= before * scheduler.order)
             return result
 
         with ExitStack() as stack:
             # The outer context restores the mode, whatever the inner switches did.
-            stack.enter_context(torch.set_grad_enabled(wanted and self.gradient_steps == self.num_inference_steps))
+            stack.enter_context(torch.set_grad_enabled(wanted and before == 0))
             stack.enter_context(_replaced(scheduler, "step", counted_step))
             stack.enter_context(_replaced(pipeline, "_progress_bar_config", {"disable": True}))
             if getattr(pipeline, "image_processor", None) is not None:
