@@ -28,7 +28,9 @@ from diffusers_diffdoctor import (
 )
 
 
-DOCS = Path(__file__).parent.parent / "docs/source"
+TESTS = Path(__file__).parent
+DOCS = TESTS.parent / "docs/source"
+LORA = "treated/pytorch_lora_weights.safetensors"
 
 
 @contextmanager
@@ -43,6 +45,7 @@ def running_hub(folder: Path):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(TESTS),
         }
 
         def python(code: str, home: str = "home") -> str:
@@ -225,6 +228,88 @@ model = AutoModelForSemanticSegmentation.from_pretrained("diffdoctor/detector", 
 {EQUAL}
 """
         pushed.python(code, home="of one who trusts")
+
+
+TREAT_AND_PUSH = """
+from datasets import Dataset
+from safetensors.torch import save_file
+from fixtures.pipelines import tiny_flux
+from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation, PixelRewardConfig, PixelRewardTrainer
+
+tiny_flux().push_to_hub("user/base")
+trainer = PixelRewardTrainer(
+    pipeline="user/base",
+    reward_funcs=ArtifactDetectorForSemanticSegmentation.from_pretrained("detector"),
+    args=PixelRewardConfig(
+        output_dir="treated",
+        hub_model_id="user/treated",
+        resolution=32,
+        num_inference_steps=2,
+        gradient_fraction=0.5,
+        offline_weight=0.0,
+        lora_rank=2,
+        learning_rate=0.5,
+        max_steps=1,
+        per_device_train_batch_size=2,
+        eval_strategy="steps",
+        eval_steps=1,
+        eval_num_images=2,
+        log_images=2,
+        use_cpu=True,
+        report_to="none",
+    ),
+    train_dataset=Dataset.from_dict({"prompt": ["a hand", "a face"]}),
+    eval_dataset=Dataset.from_dict({"prompt": ["a foot", "an ear"]}),
+)
+trainer.train()
+trainer.push_to_hub()
+save_file({"after": trainer.rollout.generate(["a foot"], [0])}, "drawn.safetensors")
+"""
+
+LOAD_TREATED = """
+import sys
+sys.modules["diffusers_diffdoctor"] = None  # as if it were not installed
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+pipe = DiffusionPipeline.from_pretrained("user/base")
+def draw():
+    settings = dict(height=32, width=32, num_inference_steps=2, output_type="pt")
+    return pipe("a foot", generator=torch.Generator().manual_seed(0), **settings).images
+
+before = draw()
+pipe.load_lora_weights("user/treated")
+after = draw()
+pipe.unload_lora_weights()
+assert torch.equal(draw(), before)
+assert (after - before).abs().mean() > 1e-4
+torch.testing.assert_close(after, load_file("drawn.safetensors")["after"], rtol=0, atol=1e-6)
+"""
+
+
+def test_a_treated_lora_is_pushed_with_its_card_and_loads_by_id_without_this_package(tmp_path):
+    save_tiny_detector(tmp_path)
+    with running_hub(tmp_path) as hub:
+        hub.python(TREAT_AND_PUSH)
+        files = hub.files("user/treated")
+        assert files["pytorch_lora_weights.safetensors"] == (tmp_path / LORA).read_bytes()
+        assert not any(name.startswith(("checkpoint-", "_")) for name in files)
+        assert not any(name.endswith((".bin", ".pt", ".pkl")) for name in files)
+
+        card = ModelCard(files["README.md"].decode())
+        assert card.data.base_model == "user/base"
+        assert card.data.library_name == "diffusers"
+        assert card.data.pipeline_tag == "text-to-image"
+        assert {"diffdoctor", "lora"} <= set(card.data.tags)
+        assert [entry["text"] for entry in card.data.widget] == ["a foot", "an ear"]
+        assert 'pipe.load_lora_weights("user/treated")' in card.text
+        assert "| `gradient_fraction` | 0.5 |" in card.text
+        assert "| artifact frequency |" in card.text
+        pictures = set(re.findall(r"!\[\w+\]\(([^)]+)\)", card.text))
+        assert len(pictures) == 4 and pictures <= set(files)
+
+        hub.python(LOAD_TREATED, home="of somebody else")
 
 
 def test_the_documentation_runs(hub, api, tmp_path):
