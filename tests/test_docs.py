@@ -1,11 +1,13 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """The documentation says what is: pages, links, names, arguments and defaults are compared with the code."""
 
+import argparse
 import ast
 import dataclasses
 import importlib
 import inspect
 import re
+import shlex
 import textwrap
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 import yaml
 
 import diffusers_diffdoctor
+from diffusers_diffdoctor.cli.main import COMMANDS
 
 
 ROOT = Path(__file__).parent.parent
@@ -74,6 +77,22 @@ def test_snippets_call_our_code_with_arguments_that_exist(page):
             if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id in ours:
                 accepted = inspect.signature(ours[call.func.id]).parameters
                 assert {keyword.arg for keyword in call.keywords} <= set(accepted), call.func.id
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+def test_commands_exist_and_take_these_arguments(page):
+    """Lines of shell blocks that call `diffdoctor` are parsed by the command's own parser; make targets are looked up."""
+    text = page.read_text("utf-8")
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) + re.findall(r"^    \w.*$", text, re.M)
+    lines = [line.split("#")[0].strip() for line in "\n".join(blocks).replace("\\\n", " ").splitlines()]
+    for line in lines:
+        if line.startswith("diffdoctor ") and "--help" not in line:
+            _, command, *arguments = shlex.split(line)
+            parser = argparse.ArgumentParser(exit_on_error=False)
+            importlib.import_module(COMMANDS[command][0], "diffusers_diffdoctor.cli").add_arguments(parser)
+            parser.parse_args(arguments)
+        elif line.startswith("make "):
+            assert re.search(rf"^{line.split()[1]}:", (ROOT / "Makefile").read_text(), re.M), line
 
 
 def test_the_paper_index_states_the_defaults():
