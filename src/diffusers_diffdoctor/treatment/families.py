@@ -71,7 +71,8 @@ class FluxOffline:
             for x in (latents, noise)
         )
         sigmas = draw_flow_sigmas(pipeline.scheduler, generators, latents.shape[1], sigma_sampling).to(device)
-        noisy = torch.lerp(latents, noise, sigmas[:, None, None])
+        s = sigmas[:, None, None]
+        noisy = (1 - s) * latents + s * noise
         guidance = None
         if denoiser.config.guidance_embeds:
             guidance = torch.full((count,), guidance_scale, device=device, dtype=torch.float32)
