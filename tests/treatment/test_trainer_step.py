@@ -1,0 +1,194 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""What one update of the trainer is, against a loop written by hand."""
+
+import json
+
+import pytest
+import torch
+from fixtures.pipelines import tiny_flux, tiny_sdxl
+from fixtures.trainer import PROMPTS, assert_same, lora_of, photos, rows, tiny_detector, tiny_trainer
+from peft import LoraConfig
+
+from diffusers_diffdoctor import DifferentiableRollout
+from diffusers_diffdoctor.treatment.samples import RegularizationImages, derive_seed, to_image_tensor
+
+
+def redness(images, prompts):
+    return images[:, 0].mean(dim=(1, 2))
+
+
+def by_hand(initial, prompts_of_steps, learning_rate):
+    """Two kinds of loss, one backward, clipping at 1, AdamW: nothing of the trainer in it."""
+    pipeline, detector, images = tiny_flux(), tiny_detector(), photos()
+    rollout = DifferentiableRollout(pipeline, height=16, width=16, num_inference_steps=4, max_sequence_length=16)
+    denoiser = pipeline.transformer.requires_grad_(False)
+    denoiser.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    weights = {n.replace(".default", ""): p for n, p in denoiser.named_parameters() if "lora" in n}
+    for name, weight in weights.items():
+        weight.data = initial[name].clone()
+    order = RegularizationImages(images, (16, 16), seed=42)
+    optimizer = torch.optim.AdamW(weights.values(), lr=learning_rate, weight_decay=0.0)
+    losses, position = [], 0
+    for prompts in prompts_of_steps:
+        positions = range(position, position + len(prompts))
+        chosen = [images[order.row(p)] for p in positions]
+        output = rollout(
+            prompts,
+            [derive_seed(42, "rollout", p) for p in positions],
+            torch.stack([to_image_tensor(row["image"], (16, 16)) for row in chosen]),
+            [row["prompt"] for row in chosen],
+            [derive_seed(42, "offline", p) for p in positions],
+        )
+        maps = detector.confidence(output.images)
+        pixel = torch.stack([m[m > 0.1].mean() if (m > 0.1).any() else m.sum() * 0 for m in maps]).mean()
+        offline = ((output.prediction - output.target) ** 2).mean()
+        optimizer.zero_grad()
+        (pixel + 0.25 * offline).backward()
+        norm = torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+        optimizer.step()
+        losses.append((pixel.item(), offline.item(), maps.flatten(1).amax(1).mean().item(), norm.item()))
+        position += len(prompts)
+    return {name: weight.detach() for name, weight in weights.items()}, losses
+
+
+def test_two_updates_are_those_of_a_loop_written_by_hand(tmp_path):
+    trainer = tiny_trainer(tmp_path, train_sampling_strategy="sequential", gradient_checkpointing=True)
+    start = lora_of(trainer)
+    frozen = {
+        f"{part}.{name}": value.clone()
+        for part in ("transformer", "vae")
+        for name, value in getattr(trainer.pipeline, part).state_dict().items()
+        if "lora" not in name
+    }
+    trainer.train()
+    expected, losses = by_hand(start, [PROMPTS[:2], PROMPTS[2:4]], 1e-2)
+    found = lora_of(trainer)
+    assert max((found[name] - start[name]).abs().max() for name in start) > 5e-3
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    for line, (pixel, offline, highest, norm) in zip(lines, losses):
+        assert line["loss/pixel"] == pytest.approx(pixel, rel=1e-4)
+        assert line["loss/offline"] == pytest.approx(offline, rel=1e-4)
+        assert line["loss"] == pytest.approx(pixel + 0.25 * offline, rel=1e-4)
+        assert line["max_confidence"] == pytest.approx(highest, rel=1e-4)
+        assert line["reward"] == pytest.approx(1 - highest, rel=1e-3)
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+        assert 0 <= line["area_ratio"] <= 1 and line["artifact_frequency"] in (0.0, 0.5, 1.0)
+    after = {
+        f"{part}.{name}": value
+        for part in ("transformer", "vae")
+        for name, value in getattr(trainer.pipeline, part).state_dict().items()
+        if "lora" not in name
+    }
+    assert_same(frozen, after)
+
+
+@pytest.mark.parametrize(
+    "prompts, batch, accumulation", [(PROMPTS[:6], 2, 3), (PROMPTS[:5], 2, 3)], ids=["even", "uneven"]
+)
+def test_gradient_accumulation_is_the_mean_over_all_samples(tmp_path, prompts, batch, accumulation):
+    """Also where the last batch is smaller: its samples weigh no more than the others. SGD shows the gradient as it is."""
+    parts = {"train_dataset": rows(prompts), "regularization_dataset": photos() if len(prompts) == 6 else None}
+    common = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
+    whole = tiny_trainer(tmp_path / "1", parts=parts, per_device_train_batch_size=len(prompts), **common)
+    start = lora_of(whole)
+    whole.train()
+    parts_of_it = tiny_trainer(
+        tmp_path / "2",
+        parts=parts,
+        per_device_train_batch_size=batch,
+        gradient_accumulation_steps=accumulation,
+        **common,
+    )
+    parts_of_it.train()
+    for name, value in lora_of(whole).items():
+        torch.testing.assert_close(lora_of(parts_of_it)[name], value, rtol=1e-4, atol=1e-8)
+    assert max((value - start[name]).abs().max() for name, value in lora_of(whole).items()) > 1e-6
+    assert parts_of_it.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-4)
+
+
+def test_every_image_scores_better_after_treatment(tmp_path):
+    parts = {"reward_funcs": redness, "regularization_dataset": None}
+    trainer = tiny_trainer(tmp_path, parts=parts, max_steps=20, gradient_fraction=1.0, learning_rate=5e-2)
+    seeds = list(range(4))
+    before = redness(trainer.generate(PROMPTS[:4], seeds), None)
+    trainer.train()
+    after = redness(trainer.generate(PROMPTS[:4], seeds), None)
+    assert (after > before + 0.002).all()
+    assert torch.equal(redness(trainer.generate(PROMPTS[:4], seeds, treated=False), None), before)
+
+
+def test_several_rewards_are_summed_with_weights(tmp_path):
+    parts = {"reward_funcs": [tiny_detector(), redness], "regularization_dataset": None}
+    trainer = tiny_trainer(tmp_path, parts=parts, reward_weights=[1.0, 3.0], max_steps=1, pixel_weight=2.0)
+    trainer.train()
+    line = trainer.state.log_history[0]
+    assert line["reward"] == pytest.approx(line["rewards/artifact"] + 3 * line["rewards/redness"], rel=1e-5)
+    assert line["loss"] == pytest.approx(2 * line["loss/pixel"], rel=1e-5)
+
+
+def test_a_unet_is_treated_too(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        tiny_sdxl(),
+        {"regularization_dataset": None},
+        max_sequence_length=None,
+        num_inference_steps=2,
+        guidance_scale=2.0,
+        max_steps=1,
+    )
+    start = lora_of(trainer)
+    trainer.train()
+    assert max((value - start[name]).abs().max() for name, value in lora_of(trainer).items()) > 1e-3
+
+
+def test_the_eight_bit_optimizer_runs_on_a_cpu(tmp_path):
+    """bitsandbytes keeps the state of tensors of 4096 elements and more in 8 bits."""
+    trainer = tiny_trainer(tmp_path, optim="adamw_bnb_8bit", lora_rank=256, max_steps=1)
+    start = lora_of(trainer)
+    trainer.train()
+    states = [state["state1"].dtype for state in trainer.optimizer.optimizer.state.values()]
+    assert torch.uint8 in states
+    assert max((value - start[name]).abs().max() for name, value in lora_of(trainer).items()) > 1e-3
+
+
+def test_half_precision_trains_float32_weights_on_a_cpu(tmp_path):
+    tiny_flux().save_pretrained(tmp_path / "flux")
+    trainer = tiny_trainer(tmp_path / "run", tmp_path / "flux", bf16=True)
+    assert trainer.pipeline.vae.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in trainer.trained_parameters} == {torch.float32}
+    start = lora_of(trainer)
+    trainer.train()
+    changes = [(value - start[name]).abs().max() for name, value in lora_of(trainer).items()]
+    assert max(changes) > 1e-3 and all(torch.isfinite(change) for change in changes)
+
+
+def test_prompts_are_encoded_once_and_the_text_encoders_freed(tmp_path):
+    assert tiny_trainer(tmp_path).pipeline.text_encoder_2 is None
+    kept = tiny_trainer(tmp_path, cache_prompt_embeddings=False, max_steps=1)
+    assert kept.pipeline.text_encoder_2 is not None
+    kept.train()
+
+
+def test_a_peft_config_of_ones_own(tmp_path):
+    adapter = LoraConfig(r=3, lora_alpha=6, target_modules=["to_q"])
+    trainer = tiny_trainer(tmp_path, parts={"peft_config": adapter})
+    assert all(".to_q." in name for name in lora_of(trainer))
+    assert trainer.rollout.denoiser.peft_config["default"].lora_alpha == 6
+
+
+def test_regularization_images_come_in_seeded_passes():
+    images = RegularizationImages(photos(7), (16, 16), seed=3)
+    order = [images.row(position) for position in range(21)]
+    assert [sorted(order[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
+    assert order[:7] != order[7:14]
+    again = RegularizationImages(photos(7), (16, 16), seed=3)
+    assert [again.row(position) for position in (20, 3, 11)] == [order[20], order[3], order[11]]
+    assert [RegularizationImages(photos(7), (16, 16), seed=4).row(i) for i in range(21)] != order
+
+
+def test_seeds_are_the_same_everywhere():
+    """Written down, because a resumed run on another machine must find them again."""
+    assert derive_seed(42, "rollout", 0) == 695341268
+    assert len({derive_seed(42, "rollout", position) for position in range(10_000)}) > 9_990
