@@ -186,7 +186,7 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
         card = os.path.join(save_directory, "README.md")
         if kwargs.get("is_main_process", True) and not os.path.exists(card):
             with open(card, "w", encoding="utf-8") as file:
-                file.write(self._model_card(os.path.basename(os.path.normpath(save_directory))))
+                file.write(self.model_card(os.path.basename(os.path.normpath(save_directory))))
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As [`~transformers.PreTrainedModel.push_to_hub`]; a repository without a model card gets ours."""
@@ -194,10 +194,11 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
         api = HfApi(token=kwargs.get("token"))
         repo_id = api.create_repo(repo_id, private=kwargs.get("private"), exist_ok=True).repo_id
         if not api.file_exists(repo_id, "README.md"):
-            ModelCard(self._model_card(repo_id)).push_to_hub(repo_id, token=kwargs.get("token"))
+            ModelCard(self.model_card(repo_id)).push_to_hub(repo_id, token=kwargs.get("token"))
         return super().push_to_hub(repo_id, **kwargs)
 
-    def _model_card(self, name: str) -> str:
+    def model_card(self, name: str) -> str:
+        """Text of the model card for a repository or folder of this name."""
         return MODEL_CARD.format(name=name, parameters=self.num_parameters() / 1e6, image_size=self.config.image_size)
 
 
