@@ -231,6 +231,22 @@ def test_checkpointing_recomputes_and_changes_no_gradient(any_pipeline):
     assert not rollout.vae_gradient_checkpointing
 
 
+def test_half_precision_pipelines_train_a_float32_lora(any_pipeline):
+    any_pipeline.to(torch.bfloat16)
+    weights = add_lora(any_pipeline)
+    for weight in weights.values():
+        weight.data = weight.data.float()
+    rollout = make(any_pipeline)
+    rollout.cache_prompts(["a cat", "two dogs"])
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = rollout(["a cat"], [3]).images
+    images = rollout(["a cat"], [3]).images
+    assert images.dtype == mixed.dtype == torch.float32
+    assert 0 <= images.min() <= images.max() <= 1
+    found = gradients(rollout, weights)
+    assert all(gradient.dtype == torch.float32 and gradient.abs().sum() > 0 for gradient in found.values())
+
+
 def test_without_gradients_there_is_no_graph(flux):
     add_lora(flux)
     with torch.no_grad():
@@ -315,6 +331,21 @@ def test_each_prompt_is_encoded_once(flux):
     rollout.cache_prompts(["hand", "a cat"])
     rollout.generate(PROMPTS, SEEDS)
     assert encoded == ["a cat", "two dogs", "hand"]
+
+
+def test_embeddings_made_elsewhere_stand_for_a_prompt(flux):
+    rollout = make(flux)
+    expected = rollout.generate(["a cat"], [0])
+    text, pooled, _ = flux.encode_prompt(["a cat"], None, max_sequence_length=16)
+    rollout.free_text_encoders()
+    rollout.cache_embeddings("a cat", {"prompt_embeds": text[0], "pooled_prompt_embeds": pooled[0]})
+    assert torch.equal(rollout.generate(["a cat"], [0]), expected)
+    for wrong in (
+        {"prompt_embeds": text[0]},
+        {"prompt_embeds": text[0], "pooled_prompt_embeds": pooled[0], "mask": text},
+    ):
+        with pytest.raises(ValueError, match=r"needs \['pooled_prompt_embeds', 'prompt_embeds'\]"):
+            rollout.cache_embeddings("hand", wrong)
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,23 @@ class DifferentiableRollout(nn.Module):
                 for prompt, value in zip(batch, values):
                     self._embeddings.setdefault(prompt, {})[field] = self._share(field, value.to("cpu", copy=True))
 
+    def cache_embeddings(self, prompt: str, embeddings: Mapping[str, torch.Tensor]) -> None:
+        """Put embeddings that were made elsewhere into the cache, for text encoders too large to be loaded here.
+
+        Args:
+            prompt: the text they stand for.
+            embeddings: for each argument of the pipeline's `__call__`, such as `"prompt_embeds"`, a tensor without the
+                dimension of the batch.
+        """
+        known = [] if self.family is None else [f for f in self.family.prompt_fields if f in self._accepted]
+        required = {field for field in known if not field.startswith("negative_")}
+        if not required or required - set(embeddings) or set(embeddings) - set(self._accepted):
+            raise ValueError(
+                f"`embeddings` has {sorted(embeddings)}, but a {type(self.pipeline).__name__} takes {known}"
+                + (f" and needs {sorted(required)}." if required else ": it is no known family.")
+            )
+        self._embeddings[prompt] = {field: self._share(field, value.cpu()) for field, value in embeddings.items()}
+
     def _share(self, field: str, value: torch.Tensor) -> torch.Tensor:
         """The embedding of an empty negative prompt is the same for all prompts: keep it once."""
         shared = self._shared.setdefault(field, value)
