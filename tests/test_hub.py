@@ -186,11 +186,25 @@ class TestDetector:
         assert "artifact-detection" in card.data.tags
         assert 'pipeline("artifact-detection", model="diffdoctor/detector")' in card.text
 
-    def test_loads_literally_by_id(self, pushed):
+    def test_loads_by_id_through_class_auto_classes_and_pipeline(self, pushed):
         code = f"""
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
+import diffusers_diffdoctor
 from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation
+
 model = ArtifactDetectorForSemanticSegmentation.from_pretrained("diffdoctor/detector")
 {EQUAL}
+model = AutoModelForSemanticSegmentation.from_pretrained("diffdoctor/detector")
+assert type(model) is ArtifactDetectorForSemanticSegmentation, type(model)
+{EQUAL}
+assert type(AutoConfig.from_pretrained("diffdoctor/detector")) is diffusers_diffdoctor.ArtifactDetectorConfig
+processor = AutoImageProcessor.from_pretrained("diffdoctor/detector")
+assert isinstance(processor, diffusers_diffdoctor.ArtifactDetectorImageProcessor), type(processor)
+
+result = pipeline("artifact-detection", model="diffdoctor/detector")("image.png")
+assert result["artifact_map"].size == (96, 64) and result["artifact_map"].mode == "L"
+assert abs(result["max_confidence"] - expected["maps"].max().item()) < 1e-5, result
+
 try:
     ArtifactDetectorForSemanticSegmentation.from_pretrained("diffdoctor/missing")
 except OSError as error:
@@ -199,25 +213,8 @@ else:
     raise AssertionError("a repository that is not there was loaded")
 """
         before = len(pushed.requests)
-        pushed.python(code, home="of one who loads by class")
+        pushed.python(code, home="of somebody else")
         assert any(request.endswith("/model.safetensors") for request in pushed.requests[before:])
-
-    def test_loads_through_the_auto_classes_and_the_pipeline(self, pushed):
-        code = f"""
-from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSegmentation, pipeline
-import diffusers_diffdoctor
-
-model = AutoModelForSemanticSegmentation.from_pretrained("diffdoctor/detector")
-assert type(model) is diffusers_diffdoctor.ArtifactDetectorForSemanticSegmentation, type(model)
-assert type(AutoConfig.from_pretrained("diffdoctor/detector")) is diffusers_diffdoctor.ArtifactDetectorConfig
-processor = AutoImageProcessor.from_pretrained("diffdoctor/detector")
-assert isinstance(processor, diffusers_diffdoctor.ArtifactDetectorImageProcessor), type(processor)
-{EQUAL}
-result = pipeline("artifact-detection", model="diffdoctor/detector")("image.png")
-assert result["artifact_map"].size == (96, 64) and result["artifact_map"].mode == "L"
-assert abs(result["max_confidence"] - expected["maps"].max().item()) < 0.02, result
-"""
-        pushed.python(code, home="of one who loads by task")
 
     def test_loads_without_this_package_where_remote_code_is_trusted(self, pushed):
         code = f"""
