@@ -6,38 +6,13 @@ import pickle
 
 import pytest
 import torch
+from fixtures.segformer import old_state_dict
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, SegformerConfig
 from transformers import SegformerForSemanticSegmentation as NativeSegformer
 
 from diffusers_diffdoctor.cli.main import main
 from diffusers_diffdoctor.detector import conversion
 from diffusers_diffdoctor.detector.conversion import ARCHITECTURES, convert_detector_checkpoint
-
-
-# transformers 5 -> 4.46, in order; written by hand from the modeling file of 4.46.
-OLD_NAMES = [
-    ("decode_head.linear_projections.", "decode_head.linear_c."),
-    (".attention.q_proj.", ".attention.self.query."),
-    (".attention.k_proj.", ".attention.self.key."),
-    (".attention.v_proj.", ".attention.self.value."),
-    (".attention.o_proj.", ".attention.output.dense."),
-    (".attention.sequence_reduction.sequence_reduction.", ".attention.self.sr."),
-    (".attention.sequence_reduction.layer_norm.", ".attention.self.layer_norm."),
-    (".layernorm_before.", ".layer_norm_1."),
-    (".layernorm_after.", ".layer_norm_2."),
-    (".mlp.fc1.", ".mlp.dense1."),
-    (".mlp.fc2.", ".mlp.dense2."),
-]
-
-
-def old_name(key: str) -> str:
-    for new, old in OLD_NAMES:
-        key = key.replace(new, old)
-    if key.startswith("segformer.stages."):
-        _, _, stage, part, rest = key.split(".", 4)
-        part = {"blocks": "block", "patch_embeddings": "patch_embeddings", "layer_norm": "layer_norm"}[part]
-        key = f"segformer.encoder.{part}.{stage}.{rest}"
-    return key
 
 
 def native(architecture: str, num_labels: int = 1) -> NativeSegformer:
@@ -55,10 +30,6 @@ def native(architecture: str, num_labels: int = 1) -> NativeSegformer:
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.1 + parameter)
     return model
-
-
-def old_state_dict(model: NativeSegformer) -> dict[str, torch.Tensor]:
-    return {old_name(key): value for key, value in model.state_dict().items()}
 
 
 @pytest.fixture
@@ -120,6 +91,8 @@ def test_command_shows_and_compares_the_checksum(b0, tmp_path, capsys, monkeypat
 
     assert main(["convert-detector", str(path), str(tmp_path / "c"), "--sha256", "0" * 64]) == 1
     assert digest in capsys.readouterr().err and not (tmp_path / "c").exists()
+    assert main(["convert-detector", str(path), str(tmp_path / "c"), "--image-size", "500"]) == 1
+    assert "multiple of 32" in capsys.readouterr().err
 
 
 class Malicious:

@@ -76,9 +76,10 @@ class ArtifactDetectorConfig(SegformerConfig):
             self.id2label = {0: "artifact"}
             self.label2id = {"artifact": 0}
         super().__post_init__(**kwargs)
+        self.validate_image_preprocessing()  # here it is a plain ValueError
 
     def validate_image_preprocessing(self):
-        """Called by `validate()`, that is on creation, on loading and on saving."""
+        """Called by `validate()` too, that is on saving as well."""
         if self.image_size < SIZE_MULTIPLE or self.image_size % SIZE_MULTIPLE:
             raise ValueError(
                 f"image_size must be a positive multiple of {SIZE_MULTIPLE}, got {self.image_size}: the encoder halves "
