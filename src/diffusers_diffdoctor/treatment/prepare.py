@@ -45,7 +45,7 @@ def _from_pretrained(pipeline: str | os.PathLike, dtype: torch.dtype) -> Diffusi
     name = "dtype" if parse(diffusers.__version__) >= parse("0.42") else "torch_dtype"
     try:
         return DiffusionPipeline.from_pretrained(str(pipeline), **{name: dtype})
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"`pipeline` is {str(pipeline)!r}, which cannot be loaded: {error}") from error
 
 
@@ -86,6 +86,8 @@ def _check_detector(detector: Any | None) -> None:
 
 def add_lora(denoiser: torch.nn.Module, args: PixelRewardConfig, peft_config: PeftConfig | None = None) -> PeftConfig:
     """Give the denoiser a trainable adapter in float32 and return its configuration, by default the one of `args`."""
+    if not hasattr(denoiser, "add_adapter"):
+        raise ValueError(f"`pipeline` cannot be treated: diffusers gives its {type(denoiser).__name__} no LoRA.")
     if getattr(denoiser, "peft_config", None):
         raise ValueError(
             f"`pipeline` already has the adapters {list(denoiser.peft_config)}. Merge them before treatment: "

@@ -1,0 +1,181 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""What cannot work is refused early, by name; what goes wrong later stops before it reaches the weights."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Image
+from fixtures.pipelines import tiny_flux, tiny_lcm, tiny_pixart
+from fixtures.trainer import PROMPTS, assert_same, lora_of, photos, rows, tiny_args, tiny_detector, tiny_trainer
+from transformers import TrainingArguments
+
+from diffusers_diffdoctor import PixelRewardTrainer
+from diffusers_diffdoctor.treatment.samples import derive_seed
+
+
+class TwoChannels(torch.nn.Module):
+    def confidence(self, images):
+        return images[:, :2]
+
+
+@pytest.mark.parametrize(
+    "dataset, error, message",
+    [
+        (None, ValueError, '`train_dataset` is missing. Pass a dataset with the column "prompt"'),
+        ([], ValueError, "`train_dataset` is empty"),
+        (rows(["a cup", "  ", "a dog"]), ValueError, "`train_dataset` has no prompt in row 1: found '  '"),
+        (rows(["a cup", None]), ValueError, "no prompt in row 1: found None"),
+        (Dataset.from_dict({"text": ["a cup"]}), ValueError, "no column \"prompt\", only ['text']. Rename one"),
+        ([{"caption": "a cup"}], ValueError, "no column \"prompt\", only ['caption']"),
+        ("a cup", TypeError, "`train_dataset` is a str"),
+        (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), TypeError, "streaming=False"),
+    ],
+)
+def test_prompts(tmp_path, dataset, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        tiny_trainer(tmp_path, parts={"train_dataset": dataset})
+
+
+@pytest.mark.parametrize(
+    "parts, error, message",
+    [
+        ({"reward_funcs": TwoChannels()}, ValueError, "whose map of one 64x64 image has the shape (1, 2, 64, 64)"),
+        ({"reward_funcs": "detector"}, TypeError, "A reward must be a detector"),
+        ({"reward_funcs": []}, ValueError, "`reward_weights` has 0 entries for 0 `reward_funcs`"),
+        ({"judge": object()}, TypeError, "`judge` is a object, but must have a method `confidence(images)`"),
+        ({"eval_dataset": {"hands": []}}, ValueError, "`eval_dataset['hands']` is empty"),
+        ({"regularization_dataset": rows(["a cup"])}, ValueError, '`regularization_dataset` has no column "image"'),
+        ({"pipeline": 3}, TypeError, "`pipeline` is a int"),
+        ({"pipeline": "/nowhere/at/all"}, ValueError, "`pipeline` is '/nowhere/at/all', which cannot be loaded"),
+    ],
+    ids=lambda value: None if isinstance(value, dict) else "",
+)
+def test_parts(tmp_path, parts, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        tiny_trainer(tmp_path, parts=parts)
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"`pipeline` is '.*folder', which has no model_index\.json"):
+        tiny_trainer(tmp_path, tmp_path / "folder")
+
+
+def test_a_pipeline_with_an_adapter(tmp_path):
+    pipeline = tiny_flux()
+    tiny_trainer(tmp_path, pipeline)
+    with pytest.raises(ValueError, match=r"already has the adapters \['default'\].*fuse_lora"):
+        tiny_trainer(tmp_path, pipeline)
+
+
+def test_a_family_without_offline_loss_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="The offline loss is not available for LatentConsistencyModelPipeline"):
+        tiny_trainer(tmp_path, tiny_lcm(), max_sequence_length=None)
+
+
+def test_a_denoiser_that_takes_no_lora(tmp_path):
+    with pytest.raises(ValueError, match="`pipeline` cannot be treated: diffusers gives its PixArtTransformer2DModel"):
+        tiny_trainer(tmp_path, tiny_pixart())
+
+
+def test_other_arguments_than_ours(tmp_path):
+    with pytest.raises(TypeError, match="`args` is a TrainingArguments"):
+        PixelRewardTrainer(tiny_flux(), tiny_detector(), TrainingArguments(str(tmp_path)), rows(PROMPTS))
+
+
+def test_weights_that_do_not_match_the_rewards(tmp_path):
+    with pytest.raises(ValueError, match="`reward_weights` has 2 entries for 1 `reward_funcs`"):
+        tiny_trainer(tmp_path, reward_weights=[1.0, 2.0])
+
+
+@pytest.mark.parametrize(
+    "image, message",
+    [
+        (np.full((20, 20, 3), 1.5, dtype=np.float32), r"its values lie in \[1.5, 1.5\], but must lie in \[0, 1\]"),
+        (np.full((20, 20, 3), -0.5), "must lie in"),
+        (np.full((20, 20, 3), np.nan), "must lie in"),
+        (np.zeros((20, 20), dtype=np.uint8), r"three channels, found shape \(20, 20\)"),
+        (None, "three channels"),
+    ],
+)
+def test_regularization_images_out_of_range_are_named(tmp_path, image, message):
+    dataset = [*photos(2), {"image": image, "prompt": "broken"}]
+    trainer = tiny_trainer(tmp_path, parts={"regularization_dataset": photos(3)})
+    trainer.regularization.dataset = dataset
+    with pytest.raises(ValueError, match=f"`regularization_dataset` has an image in row 2 .*{message}"):
+        trainer.regularization.image(2)
+
+
+def test_a_corrupt_regularization_image_stops_training_and_is_named(tmp_path):
+    photos(1)[0]["image"].save(tmp_path / "photo.png")
+    (tmp_path / "broken.png").write_bytes((tmp_path / "photo.png").read_bytes()[:200])
+    files = [str(tmp_path / name) for name in ("photo.png", "broken.png")]
+    dataset = Dataset.from_dict({"image": files, "prompt": ["a", "b"]}).cast_column("image", Image())
+    with pytest.raises(ValueError, match="`regularization_dataset` has an image in row 1 that cannot be used"):
+        tiny_trainer(tmp_path / "run", parts={"regularization_dataset": dataset}).train()
+
+
+class BreaksOnce(torch.nn.Module):
+    """Scores that are not a number for the second image of the second update."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, images, prompts):
+        self.calls += 1
+        scores = images.mean(dim=(1, 2, 3))
+        return torch.where(torch.arange(len(images)) == 1, float("nan"), scores) if self.calls == 2 else scores
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_update(tmp_path):
+    parts = {"reward_funcs": BreaksOnce(), "regularization_dataset": None}
+    common = {"train_sampling_strategy": "sequential", "max_steps": 3}
+    trainer = tiny_trainer(tmp_path / "run", parts=parts, **common)
+    seed = derive_seed(42, "rollout", 3)
+    expected = rf"The pixel loss is nan in step 2, for '{PROMPTS[3]}' \(seed {seed}\)\. The weights were not updated"
+    with pytest.raises(FloatingPointError, match=expected):
+        trainer.train()
+    one_step = tiny_trainer(
+        tmp_path / "one", parts=parts | {"reward_funcs": BreaksOnce()}, **common | {"max_steps": 1}
+    )
+    one_step.train()
+    assert_same(lora_of(trainer), lora_of(one_step))
+
+
+class BreaksTheGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path):
+    def reward(images, prompts):
+        return BreaksTheGradient.apply(images).mean(dim=(1, 2, 3))
+
+    parts = {"reward_funcs": reward, "regularization_dataset": None}
+    trainer = tiny_trainer(tmp_path, parts=parts, train_sampling_strategy="sequential")
+    start = lora_of(trainer)
+    with pytest.raises(FloatingPointError, match=f"The gradient's norm is (nan|inf) in step 1, for '{PROMPTS[0]}'"):
+        trainer.train()
+    assert_same(lora_of(trainer), start)
+
+
+def test_evaluation_without_prompts_or_with_unknown_ones(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    with pytest.raises(ValueError, match="`eval_dataset` is missing"):
+        trainer.evaluate()
+    with pytest.raises(ValueError, match="'a new prompt' was not cached before the text encoders were freed"):
+        trainer.evaluate(rows(["a new prompt"]))
+
+
+def test_arguments_are_checked_before_the_pipeline_is_loaded(tmp_path):
+    """A wrong dataset must not cost the minutes in which FLUX is loaded."""
+    with pytest.raises(ValueError, match="`train_dataset` is empty"):
+        PixelRewardTrainer("/nowhere/at/all", tiny_detector(), tiny_args(tmp_path), [])

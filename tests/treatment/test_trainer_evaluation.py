@@ -1,0 +1,175 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Evaluation during treatment: its figures by hand, its files, and that it leaves the training as it was."""
+
+import json
+
+import pytest
+import torch
+from fixtures.trainer import HELD_OUT, PROMPTS, assert_same, lora_of, rows, tiny_detector, tiny_trainer
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import EarlyStoppingCallback
+
+
+EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
+
+
+def test_figures_are_those_computed_by_hand(tmp_path):
+    detector, judge, seen = tiny_detector(), tiny_detector(seed=7), []
+
+    def brightness(images, prompts):
+        seen.append((images, list(prompts)))
+        return {"brightness": images.mean()}
+
+    parts = {"eval_dataset": rows(HELD_OUT[:2]), "judge": judge, "compute_metrics": brightness}
+    trainer = tiny_trainer(tmp_path, parts=parts, eval_num_images=5, per_device_eval_batch_size=2)
+    trainer.train()
+    figures = trainer.evaluate()
+
+    prompts = [HELD_OUT[i % 2] for i in range(5)]
+    images = trainer.rollout.generate(prompts, [1234 + i for i in range(5)])
+    for prefix, network in (("eval_", detector), ("eval_judge_", judge)):
+        maps = network.confidence(images).detach()
+        highest = maps.flatten(1).max(dim=1).values
+        assert figures[f"{prefix}max_confidence"] == pytest.approx(highest.mean().item(), rel=1e-4)
+        assert figures[f"{prefix}artifact_frequency"] == pytest.approx((highest >= 0.5).float().mean().item())
+        assert figures[f"{prefix}area_ratio"] == pytest.approx((maps >= 0.5).float().mean().item(), abs=1e-6)
+    assert figures["eval_reward"] == pytest.approx(1 - figures["eval_max_confidence"], rel=1e-4)
+    assert figures["eval_brightness"] == pytest.approx(images.mean().item(), rel=1e-5)
+    assert seen[0][1] == prompts and seen[0][0].shape == (5, 3, 16, 16)
+    again = trainer.evaluate()
+    assert {name: again[name] for name in figures if "second" not in name and "runtime" not in name} == {
+        name: figures[name] for name in figures if "second" not in name and "runtime" not in name
+    }
+
+
+def test_evaluation_does_not_change_the_training(tmp_path):
+    common = {"max_steps": 3, "lora_dropout": 0.3, "log_images": 2}
+    plain = tiny_trainer(tmp_path / "plain", parts={"eval_dataset": rows(HELD_OUT)}, **common)
+    plain.train()
+    evaluated = tiny_trainer(tmp_path / "eval", parts={"eval_dataset": rows(HELD_OUT)}, **common | EVERY_STEP)
+    evaluated.train()
+    assert_same(lora_of(plain), lora_of(evaluated))
+
+
+def test_pictures_log_and_report(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path,
+        parts={"eval_dataset": rows(HELD_OUT), "judge": tiny_detector(7)},
+        report=True,
+        report_to=["tensorboard"],
+        log_images=2,
+        **EVERY_STEP | {"max_steps": 2, "eval_on_start": True},
+    )
+    trainer.train()
+    sizes = {Image.open(tmp_path / f"eval/step-{step}.png").size for step in (0, 1, 2)}
+    assert len(sizes) == 1
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == trainer.state.log_history
+    assert [line["step"] for line in lines if "eval_judge_artifact_frequency" in line] == [0, 1, 2]
+    html = (tmp_path / "training_report.html").read_text()
+    assert "data:image/" in html and "Step 2" in html and "by the judge" in html
+    (events,) = (tmp_path / "runs").iterdir()
+    log = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in log.Images("eval/images")] == [0, 1, 2]
+    assert "train/loss/pixel" in log.Tags()["scalars"] and "eval/max_confidence" in log.Tags()["scalars"]
+
+
+def test_the_best_lora_is_kept_and_training_stops_when_it_gets_worse(tmp_path):
+    judged = iter([0.5, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+    def hand_written(images, prompts):
+        return {"judged": next(judged)}
+
+    trainer = tiny_trainer(
+        tmp_path,
+        parts={
+            "eval_dataset": rows(HELD_OUT),
+            "compute_metrics": hand_written,
+            "callbacks": [EarlyStoppingCallback(early_stopping_patience=2)],
+        },
+        **EVERY_STEP | {"max_steps": 6},
+        save_strategy="steps",
+        save_steps=1,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="judged",
+        greater_is_better=False,
+        ema_decay=0.9,
+    )
+    trainer.train()
+    assert trainer.state.global_step == 4
+    assert trainer.state.best_metric == 0.2
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    best = load_file(tmp_path / "checkpoint-2/pytorch_lora_weights.safetensors")
+    assert_same({f"transformer.{name}": value for name, value in lora_of(trainer).items()}, best)
+    trainer.save_model()
+    assert_same(load_file(tmp_path / "pytorch_lora_weights.safetensors"), best)
+
+
+def test_several_sets_of_held_out_prompts(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path, parts={"eval_dataset": {"hands": rows(HELD_OUT[:1]), "seen": rows(PROMPTS[:1])}}, log_images=1
+    )
+    figures = trainer.evaluate()
+    assert figures["eval_hands_reward"] != figures["eval_seen_reward"]
+    assert (tmp_path / "eval-hands/step-0.png").exists() and (tmp_path / "eval-seen/step-0.png").exists()
+
+
+def test_a_reward_without_a_map_is_evaluated_by_its_score(tmp_path):
+    def redness(images, prompts):
+        return images[:, 0].mean(dim=(1, 2))
+
+    parts = {"eval_dataset": rows(HELD_OUT), "reward_funcs": redness, "regularization_dataset": None}
+    trainer = tiny_trainer(tmp_path, parts=parts, log_images=2)
+    figures = trainer.evaluate()
+    images = trainer.generate(HELD_OUT, [1234, 1235, 1236])
+    assert figures["eval_reward"] == pytest.approx(images[:, 0].mean().item(), rel=1e-5)
+    assert "eval_artifact_frequency" not in figures
+    assert (tmp_path / "eval/step-0.png").exists()
+
+
+def test_the_model_card_says_what_was_done(tmp_path):
+    trainer = tiny_trainer(
+        tmp_path / "healed",
+        parts={"eval_dataset": rows([*HELD_OUT, "a | b"]), "judge": tiny_detector(7)},
+        log_images=2,
+        hub_model_id="somebody/healed",
+        **EVERY_STEP,
+    )
+    trainer.base["pipeline"] = "black-forest-labs/FLUX.1-schnell"
+    trainer.train()
+    trainer.save_model()
+    card = ModelCard.load(tmp_path / "healed/README.md")
+    assert card.data.base_model == "black-forest-labs/FLUX.1-schnell"
+    assert card.data.library_name == "diffusers" and card.data.pipeline_tag == "text-to-image"
+    assert {"diffusers", "lora", "text-to-image", "diffdoctor", "template:diffusion-lora"} <= set(card.data.tags)
+    assert [entry["text"] for entry in card.data.widget] == HELD_OUT[:2]
+    for entry in card.data.widget:
+        assert (tmp_path / "healed" / entry["output"]["url"]).is_file()
+    before, after = (Image.open(tmp_path / f"healed/images/{side}_0.png") for side in ("before", "after"))
+    assert before.size == after.size == (16, 16)
+    for text in (
+        'pipe.load_lora_weights("somebody/healed")',
+        'DiffusionPipeline.from_pretrained("black-forest-labs/FLUX.1-schnell"',
+        "| judge artifact frequency |",
+        "rank 2, alpha 2",
+        "| `updates` | 3 |",
+        "2501.12382",
+    ):
+        assert text in card.text, text
+    record = json.loads((tmp_path / "healed/treatment.json").read_text())
+    assert record["step"] == 3 and record["args"]["gradient_fraction"] == 0.25
+
+
+def test_generate_takes_the_lora_away_and_brings_it_back(tmp_path):
+    trainer = tiny_trainer(tmp_path, learning_rate=0.3)
+    untouched = trainer.generate(PROMPTS[:2], [0, 1])
+    trainer.train()
+    treated = trainer.generate(PROMPTS[:2], [0, 1])
+    assert (treated - untouched).abs().max() > 1e-4
+    assert torch.equal(trainer.generate(PROMPTS[:2], [0, 1], treated=False), untouched)
+    assert torch.equal(trainer.generate(PROMPTS[:2], [0, 1]), treated)
+    assert all(parameter.requires_grad for parameter in trainer.trained_parameters) and trainer.trained_parameters
