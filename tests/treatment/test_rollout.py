@@ -4,7 +4,7 @@
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler
-from fixtures.pipelines import add_lora, tiny_flux, tiny_qwen, tiny_sdxl
+from fixtures.pipelines import add_lora, tiny_flux, tiny_lcm, tiny_qwen, tiny_sdxl
 
 from diffusers_diffdoctor.treatment.rollout import DifferentiableRollout
 
@@ -188,7 +188,7 @@ def test_the_window_counts_steps_where_a_scheduler_takes_two_calls():
 
 @pytest.mark.parametrize(
     ("steps", "fraction", "window"),
-    [(4, 0.25, 1), (10, 0.25, 3), (10, 0.3, 3), (3, 0.01, 1), (1, 1.0, 1), (50, 0.5, 25)],
+    [(4, 0.25, 1), (10, 0.25, 3), (10, 0.3, 3), (100, 0.07, 7), (3, 0.01, 1), (1, 1.0, 1), (50, 0.5, 25)],
 )
 def test_the_window_is_a_whole_number_of_steps(flux, steps, fraction, window):
     assert make(flux, num_inference_steps=steps, gradient_fraction=fraction).gradient_steps == window
@@ -205,6 +205,15 @@ def test_saturated_pixels_get_gradient(flux):
     outside = torch.tensor([2.0], requires_grad=True)
     flux.image_processor.denormalize(outside).backward()
     assert outside.grad == 0  # the pipeline has its own clamp back
+
+
+def test_a_safety_checker_is_left_out():
+    pipeline = tiny_lcm()
+    expected = make(pipeline)(["a cat"], [0]).images
+    pipeline.safety_checker = checker = torch.nn.Linear(1, 1)  # would be given the images as numpy arrays
+    images = make(pipeline)(["a cat"], [0]).images
+    torch.testing.assert_close(images, expected)
+    assert pipeline.safety_checker is checker
 
 
 def test_checkpointing_recomputes_and_changes_no_gradient(any_pipeline):
