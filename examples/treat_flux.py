@@ -81,7 +81,9 @@ def read_dataset(name: str, prompt_column: str) -> Dataset:
         dataset = load_dataset(formats[path.suffix], data_files=name, split="train")
     else:
         dataset = load_dataset(name, split="train")
-    return dataset.rename_column(prompt_column, "prompt") if prompt_column in dataset.column_names else dataset
+    if prompt_column != "prompt" and prompt_column in dataset.column_names:
+        dataset = dataset.rename_column(prompt_column, "prompt")
+    return dataset
 
 
 def read_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset]:
@@ -137,7 +139,8 @@ def main() -> None:
         regularization_dataset=regularization,
         judge=read_detector(script.judge) if script.judge is not None else None,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint  # a folder, or "true" for the last whole checkpoint of the output folder
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     if script.report_images and trainer.is_world_process_zero():
         report(trainer, script, eval_prompts["prompt"])
