@@ -50,20 +50,22 @@ def as_images(array):
 
 
 @pytest.mark.parametrize(
-    ("contrast", "steps"),
+    ("contrast", "highest", "mean"),
     [
-        pytest.param((60, 190), 1.5, id="rounding"),
-        pytest.param((0, 255), 8, id="saturated"),  # PIL also clips between its horizontal and its vertical pass
+        pytest.param((60, 190), 1.5, 0.5, id="rounding"),
+        # PIL also clips between its two passes, whose order depends on its version: a few pixels differ.
+        pytest.param((0, 255), 16, 0.7, id="saturated"),
     ],
 )
 @pytest.mark.parametrize("size", [(64, 64), (40, 64), (120, 72), (56, 56), (200, 88)])
-def test_preprocessing_is_that_of_the_processor(clip, size, contrast, steps):
+def test_preprocessing_is_that_of_the_processor(clip, size, contrast, highest, mean):
     model, processor = clip
     array = blocks(*size, *contrast)
     expected = processor.image_processor(Image.fromarray(array), return_tensors="pt")["pixel_values"]
     found = ClipScore(model, processor).preprocess(as_images(array))
     assert found.shape == expected.shape == (1, 3, 48, 48)
-    assert (found - expected).abs().max() < steps / 255 / 0.26
+    steps = (found - expected).abs() * 255 * torch.tensor(processor.image_processor.image_std).view(3, 1, 1)
+    assert steps.max() < highest and steps.mean() < mean
 
 
 def test_score_is_that_of_the_whole_model(clip):
