@@ -27,7 +27,7 @@ def save_lora(pipeline: Any, denoiser_name: str, folder: str | os.PathLike, weig
     denoiser = getattr(pipeline, denoiser_name)
     weights = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(denoiser).items()}
     metadata = {
-        # sets have no order, so the same adapter would give other bytes in another process
+        # sets have no order, so the same adapter would be described otherwise in another process
         key: sorted(value) if isinstance(value, set) else value
         for key, value in denoiser.peft_config["default"].to_dict().items()
     }
