@@ -1,0 +1,481 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Rebuild every part of the miniature from scratch, on a CPU.
+
+    diffdoctor miniature build --output DIR [--parts pipeline detector judge clip]
+
+The order matters only for the VAE: detector, judge and CLIP see a third of their scenes as the VAE reproduces them, because
+that is how the pipeline draws. The parts see different scenes: each stage renders from seeds of its own. The text encoders
+stay random: the grammar has 432 captions, and a random transformer keeps them apart.
+"""
+
+import json
+import math
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+from ..detector import (
+    ArtifactDetectorConfig,
+    ArtifactDetectorForSemanticSegmentation,
+    ArtifactDetectorTrainer,
+    ArtifactDetectorTrainingArguments,
+)
+from ..evaluation.metrics import error_rates, max_confidence
+from .judge import MiniatureJudge
+from .renderer import IMAGE_SIZE, PRONE_CATEGORIES, all_prompts, render, sample_scene
+
+
+PARTS = ("pipeline", "detector", "judge", "clip")
+MAX_TOKENS = 12  # the longest caption with its end token
+WRONG_SHARE = 0.82  # of the scenes of prone categories the pipeline learns to draw
+# The stages' scenes never meet: each starts from a seed of its own.
+SEEDS = {"vae": 1, "transformer": 2, "detector": 3, "judge": 4, "clip": 5, "check": 6}
+
+
+# --- scenes ----------------------------------------------------------------------------------------------------------
+
+
+def _render_chunk(seed: int, count: int, wrong_share: float):
+    rng = np.random.default_rng(seed)
+    scenes = [sample_scene(rng, wrong_share) for _ in range(count)]
+    images, maps = zip(*(render(scene) for scene in scenes))
+    return np.stack(images), np.stack(maps), [scene.caption for scene in scenes]
+
+
+def render_scenes(count: int, seed: int, wrong_share: float, chunk: int = 500, workers: int | None = None):
+    """`count` scenes as images uint8 (N, 3, 64, 64), maps uint8 (N, 1, 64, 64) and captions, the same for any `workers`."""
+    sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
+    with ProcessPoolExecutor(workers) as pool:
+        job = partial(_render_chunk, wrong_share=wrong_share)
+        chunks = list(pool.map(job, [seed * 1_000_003 + i for i in range(len(sizes))], sizes))
+    images = torch.from_numpy(np.concatenate([c[0] for c in chunks])).permute(0, 3, 1, 2).contiguous()
+    maps = torch.from_numpy(np.concatenate([c[1] for c in chunks]))[:, None]
+    return images, maps, [caption for c in chunks for caption in c[2]]
+
+
+@torch.no_grad()
+def reproduce(vae: AutoencoderKL, images: torch.Tensor, noise: float = 0.15, batch_size: int = 250) -> torch.Tensor:
+    """Images uint8 as the VAE reproduces them from slightly noisy latents: how a generated image looks. uint8 again."""
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for batch in tqdm(images.split(batch_size), desc="reproduce", disable=None):
+        latents = vae.encode(batch.float() / 127.5 - 1).latent_dist.mode()
+        scale = noise * torch.rand(len(batch), 1, 1, 1, generator=generator) * latents.std()
+        latents = latents + scale * torch.randn(latents.shape, generator=generator)
+        result.append(((vae.decode(latents).sample + 1) * 127.5).clamp(0, 255).round().to(torch.uint8))
+    return torch.cat(result)
+
+
+def labelled_scenes(count: int, seed: int, vae: AutoencoderKL, wrong_share: float = 0.6):
+    """Scenes with maps, every third one passed through the VAE."""
+    images, maps, captions = render_scenes(count, seed, wrong_share)
+    images[::3] = reproduce(vae, images[::3])
+    return images, maps, captions
+
+
+def _train(parameters, loss_of_step, steps: int, lr: float, desc: str, weight_decay: float = 0.01, warmup: int = 100):
+    """AdamW with warm-up and cosine decay to zero; `loss_of_step(step)` returns the loss of one batch."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda i: min(1.0, (i + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, i / steps))),
+    )
+    bar = tqdm(range(steps), desc=desc, mininterval=10)
+    average = None
+    for step in bar:
+        loss = loss_of_step(step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        value = loss.item()
+        average = value if average is None else 0.98 * average + 0.02 * value
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+
+
+def _batches(count: int, batch_size: int, generator: torch.Generator):
+    """Endless index batches; every epoch in a new order."""
+    while True:
+        yield from torch.randperm(count, generator=generator).split(batch_size)[: count // batch_size]
+
+
+# --- pipeline --------------------------------------------------------------------------------------------------------
+
+
+def build_vae(steps: int = 1500, scenes: int = 16_000) -> AutoencoderKL:
+    """64x64 pixels to 16x16 latents of 8 channels."""
+    torch.manual_seed(SEEDS["vae"])
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3,
+        up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=[16, 32, 64],
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=IMAGE_SIZE,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    images, _, _ = render_scenes(scenes, SEEDS["vae"], wrong_share=0.6)
+    batches = _batches(scenes, 16, torch.Generator().manual_seed(0))
+
+    def loss_of_step(step):
+        x = images[next(batches)].float() / 127.5 - 1
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        # edges weigh as much as areas: the parts of these scenes are thin
+        edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
+        return (y - x).abs().mean() + F.mse_loss(y, x) + edges + 1e-4 * posterior.kl().mean() / x[0].numel() * 48
+
+    _train(vae.parameters(), loss_of_step, steps, lr=2e-3, desc="vae")
+    vae = vae.eval()
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(b.float() / 127.5 - 1).latent_dist.mode() for b in images[:2000].split(250)])
+    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    return vae
+
+
+def _corpus() -> list[str]:
+    return [row["prompt"] for row in all_prompts()]
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    bpe.pre_tokenizer = pre_tokenizers.Whitespace()
+    bpe.train_from_iterator(
+        _corpus(), trainers.BpeTrainer(vocab_size=400, end_of_word_suffix="</w>", show_progress=False)
+    )
+    learned = json.loads(bpe.to_str())["model"]
+    letters = [c + end for c in "abcdefghijklmnopqrstuvwxyz0123456789.,-" for end in ("", "</w>")]
+    tokens = dict.fromkeys(
+        ["<|startoftext|>", "<|endoftext|>", *letters, *sorted(learned["vocab"], key=learned["vocab"].get)]
+    )
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=[tuple(pair) for pair in learned["merges"]],
+        model_max_length=16,
+    )
+
+
+def _t5_tokenizer() -> T5Tokenizer:
+    words = sorted({word for prompt in _corpus() for word in prompt.split()})
+    letters = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789.,-"]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -3.0) for w in words), ("▁", -6.0)]
+    pieces += [(c, -8.0) for c in letters if f"▁{c}" != c]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
+
+
+def _clip_text_config(tokenizer: CLIPTokenizer, layers: int = 2) -> dict:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "projection_dim": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 16,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+
+
+def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
+    """The pipeline with an untrained transformer of 2.2 M parameters."""
+    torch.manual_seed(SEEDS["transformer"])
+    tokenizer, tokenizer_2 = _clip_tokenizer(), _t5_tokenizer()
+    text_encoder = CLIPTextModel(CLIPTextConfig(**_clip_text_config(tokenizer))).eval()
+    text_encoder_2 = T5EncoderModel(
+        T5Config(
+            vocab_size=len(tokenizer_2),
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=1,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+    ).eval()
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=32,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        axes_dims_rope=(8, 12, 12),
+        guidance_embeds=False,
+    )
+    return FluxPipeline(
+        FlowMatchEulerDiscreteScheduler(shift=1.5),
+        vae,
+        text_encoder,
+        tokenizer,
+        text_encoder_2,
+        tokenizer_2,
+        transformer,
+    )
+
+
+def build_transformer(pipeline: FluxPipeline, steps: int = 3600, scenes: int = 40_000, batch_size: int = 48) -> None:
+    """Train the transformer on mostly wrong scenes by flow matching (arXiv 2210.02747), and keep the average of its weights."""
+    images, _, captions = render_scenes(scenes, SEEDS["transformer"], WRONG_SHARE)
+    vae, transformer = pipeline.vae, pipeline.transformer
+    with torch.no_grad():
+        shift, scale = vae.config.shift_factor, vae.config.scaling_factor
+        latents = torch.cat(
+            [
+                (vae.encode(b.float() / 127.5 - 1).latent_dist.mode() - shift) * scale
+                for b in tqdm(images.split(250), desc="encode", disable=None)
+            ]
+        )
+        n, c, h, w = latents.shape
+        latents = FluxPipeline._pack_latents(latents, n, c, h, w)
+        prompts = sorted(set(captions))
+        embeds, pooled, text_ids = pipeline.encode_prompt(prompts, prompts, max_sequence_length=MAX_TOKENS)
+    of_caption = torch.tensor([{p: i for i, p in enumerate(prompts)}[caption] for caption in captions])
+    image_ids = FluxPipeline._prepare_latent_image_ids(1, h // 2, w // 2, latents.device, latents.dtype)
+    average = torch.optim.swa_utils.AveragedModel(
+        transformer, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
+    )
+    batches, generator = (
+        _batches(scenes, batch_size, torch.Generator().manual_seed(0)),
+        torch.Generator().manual_seed(1),
+    )
+    shift = pipeline.scheduler.config.shift
+    transformer.train()
+
+    def loss_of_step(step):
+        if step:
+            average.update_parameters(transformer)
+        rows = next(batches)
+        x, noise = latents[rows], torch.randn(batch_size, *latents.shape[1:], generator=generator)
+        sigma = torch.sigmoid(torch.randn(batch_size, generator=generator) * 1.2)
+        sigma = (shift * sigma / (1 + (shift - 1) * sigma))[:, None, None]
+        prediction = transformer(
+            hidden_states=(1 - sigma) * x + sigma * noise,
+            timestep=sigma[:, 0, 0],
+            encoder_hidden_states=embeds[of_caption[rows]],
+            pooled_projections=pooled[of_caption[rows]],
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        return F.mse_loss(prediction, noise - x)
+
+    _train(transformer.parameters(), loss_of_step, steps, lr=1.5e-3, desc="transformer")
+    transformer.load_state_dict(average.module.state_dict())
+    transformer.eval()
+
+
+# --- detector, judge, CLIP -------------------------------------------------------------------------------------------
+
+
+class _TensorScenes(torch.utils.data.Dataset):
+    """Scenes as the detector's input, prepared on access."""
+
+    def __init__(self, images: torch.Tensor, maps: torch.Tensor, config: ArtifactDetectorConfig):
+        self.images, self.maps, self.config = images, maps, config
+        self.mean = torch.tensor(config.image_mean)[:, None, None]
+        self.std = torch.tensor(config.image_std)[:, None, None]
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        size = (self.config.image_size,) * 2
+        image = F.interpolate(self.images[i : i + 1].float() / 255, size=size, mode="bilinear", antialias=True)[0]
+        return {"pixel_values": (image - self.mean) / self.std, "labels": self.maps[i].float() / 255}
+
+
+def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 2000, scenes: int = 20_000) -> None:
+    """A SegFormer that sees the scenes enlarged to 128 pixels, trained by [`ArtifactDetectorTrainer`]."""
+    torch.manual_seed(SEEDS["detector"])
+    config = ArtifactDetectorConfig(
+        image_size=128,
+        depths=[2, 2, 2, 2],
+        hidden_sizes=[24, 40, 80, 128],
+        num_attention_heads=[1, 2, 4, 4],
+        mlp_ratios=[2, 2, 3, 3],
+        decoder_hidden_size=64,
+        drop_path_rate=0.0,
+        classifier_dropout_prob=0.0,
+    )
+    model = ArtifactDetectorForSemanticSegmentation(config)
+    images, maps, _ = labelled_scenes(scenes, SEEDS["detector"], vae)
+    held = min(500, scenes // 4)
+    args = ArtifactDetectorTrainingArguments(
+        output_dir=str(output_dir / "detector-training"),
+        max_steps=steps,
+        per_device_train_batch_size=24,
+        per_device_eval_batch_size=100,
+        learning_rate=1.5e-3,
+        warmup_steps=150,
+        lr_scheduler_type="cosine",
+        weight_decay=0.01,
+        logging_steps=100,
+        eval_strategy="steps",
+        eval_steps=500,
+        save_strategy="no",
+        report_to="none",
+        seed=SEEDS["detector"],
+        use_cpu=True,
+    )
+    trainer = ArtifactDetectorTrainer(
+        model,
+        args,
+        train_dataset=_TensorScenes(images[held:], maps[held:], config),
+        eval_dataset=_TensorScenes(images[:held], maps[:held], config),
+    )
+    trainer.train()
+    model.eval().half().save_pretrained(output_dir / "detector")
+
+
+def build_judge(vae: AutoencoderKL, output_dir: Path, steps: int = 2200, scenes: int = 24_000) -> None:
+    """The U-Net judge, and its error rates on fresh scenes as the VAE reproduces them."""
+    torch.manual_seed(SEEDS["judge"])
+    judge = MiniatureJudge().to(memory_format=torch.channels_last)
+    images, maps, _ = labelled_scenes(scenes, SEEDS["judge"], vae)
+    batches, generator = _batches(scenes, 32, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+
+    def loss_of_step(step):
+        rows = next(batches)
+        x, target = images[rows].float() / 255, maps[rows].float() / 255
+        if torch.rand((), generator=generator) < 0.5:
+            x, target = x.flip(-1), target.flip(-1)
+        gain = 1 + 0.1 * torch.randn(len(rows), 1, 1, 1, generator=generator)
+        x = (x * gain).clamp(0, 1).contiguous(memory_format=torch.channels_last)
+        logits = judge(x)
+        dice = 1 - 2 * (logits.sigmoid() * target).sum() / (logits.sigmoid() + target).sum()
+        return F.binary_cross_entropy_with_logits(logits, target) + 0.2 * dice
+
+    _train(judge.parameters(), loss_of_step, steps, lr=2e-3, desc="judge")
+    judge = judge.eval().to(memory_format=torch.contiguous_format)
+    judge.half().save_pretrained(output_dir / "judge")
+    rates = judge_error_rates(judge.float(), vae)
+    (output_dir / "judge" / "error_rates.json").write_text(json.dumps(rates, indent=2) + "\n")
+
+
+@torch.no_grad()
+def judge_error_rates(judge: MiniatureJudge, vae: AutoencoderKL, scenes: int = 2000) -> dict:
+    """The judge's error rates on scenes nobody trained on, passed through the VAE without noise, for each kind of artifact."""
+    rng = np.random.default_rng(SEEDS["check"])
+    drawn = [sample_scene(rng, 0.5, category=PRONE_CATEGORIES[i % 4]) for i in range(scenes)]
+    rendered = [render(scene)[0] for scene in drawn]
+    images = reproduce(vae, torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2).contiguous(), noise=0.0)
+    scores = torch.cat([max_confidence(judge.confidence(b.float() / 255)) for b in images.split(250)])
+    wrong = torch.tensor([scene.artifact is not None for scene in drawn])
+    rates = error_rates(scores, wrong)
+    kinds = {}
+    for kind in sorted({scene.artifact for scene in drawn if scene.artifact}):
+        rows = torch.tensor([scene.artifact == kind for scene in drawn])
+        kinds[kind] = (scores[rows] < 0.5).float().mean().item()
+    return {
+        "true_positive_rate": 1 - rates["misses"],
+        "false_positive_rate": rates["false_alarms"],
+        "scenes": scenes,
+        "misses_by_kind": kinds,
+    }
+
+
+def build_clip(vae: AutoencoderKL, output_dir: Path, steps: int = 1000, scenes: int = 9_000) -> None:
+    """A CLIP of scenes and captions (arXiv 2103.00020); images of one caption are not pushed apart."""
+    torch.manual_seed(SEEDS["clip"])
+    tokenizer = _clip_tokenizer()
+    vision = {
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": IMAGE_SIZE,
+        "patch_size": 8,
+        "projection_dim": 64,
+    }
+    model = CLIPModel(CLIPConfig(text_config=_clip_text_config(tokenizer), vision_config=vision, projection_dim=64))
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    )
+    images, _, captions = labelled_scenes(scenes, SEEDS["clip"], vae)
+    prompts = sorted(set(captions))
+    tokens = tokenizer(prompts, padding=True, return_tensors="pt")
+    of_caption = torch.tensor([{p: i for i, p in enumerate(prompts)}[caption] for caption in captions])
+    mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+    batches = _batches(scenes, 96, torch.Generator().manual_seed(0))
+
+    def loss_of_step(step):
+        rows = next(batches)
+        texts, labels = of_caption[rows].unique(return_inverse=True)
+        output = model(
+            input_ids=tokens["input_ids"][texts],
+            attention_mask=tokens["attention_mask"][texts],
+            pixel_values=(images[rows].float() / 255 - mean) / std,
+        )
+        same = F.one_hot(labels, len(texts)).float()
+        per_text = (output.logits_per_text.log_softmax(-1) * (same.T / same.T.sum(-1, keepdim=True))).sum(-1)
+        return (F.cross_entropy(output.logits_per_image, labels) - per_text.mean()) / 2
+
+    _train(model.parameters(), loss_of_step, steps, lr=1.5e-3, desc="clip")
+    model.eval().half().save_pretrained(output_dir / "clip")
+    tokenizer.save_pretrained(output_dir / "clip")
+    processor.save_pretrained(output_dir / "clip")
+
+
+# --- all -------------------------------------------------------------------------------------------------------------
+
+
+def build(parts: tuple[str, ...] = PARTS, output_dir: str | Path = "miniature", quick: bool = False) -> Path:
+    """Build parts of the miniature into `output_dir`. Parts that need the VAE take the one that lies there, or build it.
+
+    Args:
+        parts: some of `PARTS`.
+        output_dir: a folder; each part becomes a folder in it.
+        quick: a few steps of everything on few scenes, to see that it runs. The parts are useless.
+    """
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown or not parts:
+        raise ValueError(f"`parts` holds {unknown or 'nothing'}; choose from {list(PARTS)}.")
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    budget = {"steps": 3, "scenes": 1200} if quick else {}
+    folder = output_dir / "pipeline" / "vae"
+    if folder.exists():
+        vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    else:
+        vae = build_vae(**budget)
+        vae.half().save_pretrained(folder)
+        vae.float()
+    if "pipeline" in parts:
+        pipeline = new_pipeline(vae)
+        build_transformer(pipeline, **budget)
+        pipeline.to(torch.float16).save_pretrained(output_dir / "pipeline")
+        vae.float()
+    if "detector" in parts:
+        build_detector(vae, output_dir, **budget)
+    if "judge" in parts:
+        build_judge(vae, output_dir, **budget)
+    if "clip" in parts:
+        build_clip(vae, output_dir, **budget)
+    return output_dir
