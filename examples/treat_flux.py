@@ -17,15 +17,23 @@ No GPU, the bundled miniature, some minutes:
         --pipeline miniature --output_dir runs/miniature
 """
 
+import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from datasets import Dataset, load_dataset
 from trl import TrlParser
 
-from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation, PixelRewardConfig, PixelRewardTrainer
+from diffusers_diffdoctor import (
+    ArtifactDetectorForSemanticSegmentation,
+    PixelRewardConfig,
+    PixelRewardTrainer,
+    miniature,
+)
 from diffusers_diffdoctor.evaluation.treatment_report import print_summary, treatment_report
 
 
@@ -99,7 +107,40 @@ def read_detector(name: str) -> ArtifactDetectorForSemanticSegmentation:
     return ArtifactDetectorForSemanticSegmentation.from_pretrained(name)
 
 
-# --- the bundled miniature: other defaults, the same run ------------------------------------------------------------------
+# --- what a run needs -------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """What is treated, on what it is trained and with what it is judged."""
+
+    pipeline: str
+    detector: torch.nn.Module
+    prompts: Dataset
+    eval_prompts: Dataset
+    regularization: Dataset | None = None
+    judge: torch.nn.Module | None = None
+    judge_error_rates: dict | None = None
+    fidelity: Callable | None = None  # (images, prompts) -> scores (B,)
+    features: Callable | None = None  # images -> (B, F), for diversity
+    plain_prompts: Dataset | None = None  # prompts that never show artifacts and should stay as they are
+
+
+def read_inputs(script: ScriptArguments) -> Inputs:
+    if script.pipeline == "miniature":
+        return read_miniature()
+    prompts, eval_prompts = read_prompts(script)
+    regularization = None
+    if script.regularization_dataset is not None:
+        regularization = read_dataset(script.regularization_dataset, script.prompt_column)
+    return Inputs(
+        pipeline=script.pipeline,
+        detector=read_detector(script.detector),
+        prompts=prompts,
+        eval_prompts=eval_prompts,
+        regularization=regularization,
+        judge=read_detector(script.judge) if script.judge is not None else None,
+    )
 
 
 def wants_miniature(argv: list[str]) -> bool:
@@ -107,69 +148,93 @@ def wants_miniature(argv: list[str]) -> bool:
 
 
 def miniature_recipe() -> Path:
-    from diffusers_diffdoctor import miniature
-
     return Path(miniature.__file__).with_name("recipe.yaml")
 
 
-def use_miniature(script: ScriptArguments) -> None:
-    """Replace the names of the bundled parts by their folders."""
-    from diffusers_diffdoctor import miniature
+def read_miniature() -> Inputs:
+    """The bundled parts: the same run in a world of 64x64 pixels whose mistakes are known."""
+    from transformers import CLIPModel, CLIPProcessor
 
-    script.pipeline = str(miniature.load("pipeline"))
-    script.detector = str(miniature.load("detector"))
-    script.judge = str(miniature.load("judge"))
+    from diffusers_diffdoctor.miniature.judge import MiniatureJudge
+    from diffusers_diffdoctor.miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES
+    from diffusers_diffdoctor.rewards import ClipScore
+
+    clip = ClipScore(
+        CLIPModel.from_pretrained(miniature.load("clip"), dtype=torch.float32),
+        CLIPProcessor.from_pretrained(miniature.load("clip")),
+    )
+    return Inputs(
+        pipeline=str(miniature.load("pipeline")),
+        detector=read_detector(str(miniature.load("detector"))),
+        prompts=Dataset.from_list(miniature.prompts(held_out=False)),
+        eval_prompts=Dataset.from_list(miniature.prompts(held_out=True, categories=PRONE_CATEGORIES)),
+        regularization=miniature.regularization_dataset(),
+        judge=MiniatureJudge.from_pretrained(miniature.load("judge")).float().eval(),
+        judge_error_rates=json.loads((miniature.load("judge") / "error_rates.json").read_text()),
+        fidelity=clip,
+        features=lambda images: clip.model.get_image_features(clip.preprocess(images)).pooler_output,
+        plain_prompts=Dataset.from_list(miniature.prompts(held_out=True, categories=PLAIN_CATEGORIES)),
+    )
 
 
 def main() -> None:
     script, args = parse()
-    if script.pipeline == "miniature":
-        use_miniature(script)
-    prompts, eval_prompts = read_prompts(script)
-    regularization = None
-    if script.regularization_dataset is not None:
-        regularization = read_dataset(script.regularization_dataset, script.prompt_column)
-
+    inputs = read_inputs(script)
     trainer = PixelRewardTrainer(
-        pipeline=script.pipeline,
-        reward_funcs=read_detector(script.detector),
+        pipeline=inputs.pipeline,
+        reward_funcs=inputs.detector,
         args=args,
-        train_dataset=prompts,
-        eval_dataset=eval_prompts,
-        regularization_dataset=regularization,
-        judge=read_detector(script.judge) if script.judge is not None else None,
+        train_dataset=inputs.prompts,
+        eval_dataset=inputs.eval_prompts,
+        regularization_dataset=inputs.regularization,
+        judge=inputs.judge,
     )
     resume = args.resume_from_checkpoint  # a folder, or "true" for the last whole checkpoint of the output folder
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     if script.report_images and trainer.is_world_process_zero():
-        report(trainer, script, eval_prompts["prompt"])
+        report(trainer, inputs, script.report_images)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
 
 
-def report(trainer: PixelRewardTrainer, script: ScriptArguments, prompts: list[str]) -> None:
-    """Generate the held-out prompts with and without the LoRA, judge them, write report.html, .json and .png."""
-    count, args = script.report_images, trainer.args
-    prompts = [prompts[i % len(prompts)] for i in range(count)]
-    seeds = [args.eval_seed + i for i in range(count)]
-    before = trainer.generate(prompts, seeds, treated=False)
-    after = trainer.generate(prompts, seeds)
+def report(trainer: PixelRewardTrainer, inputs: Inputs, count: int) -> None:
+    """Generate held-out prompts with and without the LoRA, judge them, write report.html, .json and .png."""
+    output_dir = Path(trainer.args.output_dir)
+    results = judge_prompts(trainer, inputs, inputs.eval_prompts, count, output_dir, "Treatment")
+    if inputs.plain_prompts is not None:
+        title = "Prompts that had no artifacts to treat"
+        judge_prompts(trainer, inputs, inputs.plain_prompts, count // 8, output_dir / "plain", title)
+    print_summary(results)
+
+
+def judge_prompts(
+    trainer: PixelRewardTrainer, inputs: Inputs, dataset: Dataset, count: int, output_dir: Path, title: str
+) -> dict:
+    args = trainer.args
+    rows = [dataset[i % len(dataset)] for i in range(count)]
+    prompts, seeds = [row["prompt"] for row in rows], [args.eval_seed + i for i in range(count)]
     # The first judge is the one that counts; the detector that was trained against flatters the result.
-    names = {"judge": script.judge, "detector": script.detector}
-    results = treatment_report(
-        before,
-        after,
+    judges = {"judge": inputs.judge, "detector": inputs.detector}
+    return treatment_report(
+        trainer.generate(prompts, seeds, treated=False),
+        trainer.generate(prompts, seeds),
         prompts,
-        args.output_dir,
-        judges={side: read_detector(name).to(args.device) for side, name in names.items() if name is not None},
+        output_dir,
+        judges={name: judge.to(args.device) for name, judge in judges.items() if judge is not None},
         seeds=seeds,
+        categories=[row["category"] for row in rows] if "category" in dataset.column_names else None,
+        fidelity=inputs.fidelity,
+        features=inputs.features,
+        diversity_groups=prompts if inputs.features is not None else None,
+        judge_error_rates=inputs.judge_error_rates,
         training_log=trainer.state.log_history,
         lora_dir=args.output_dir,
-        base_model=script.pipeline,
+        base_model=inputs.pipeline,
+        title=title,
+        batch_size=args.per_device_eval_batch_size,
     )
-    print_summary(results)
 
 
 if __name__ == "__main__":

@@ -180,7 +180,7 @@ def _clip_tokenizer() -> CLIPTokenizer:
 
 def _t5_tokenizer() -> T5Tokenizer:
     words = sorted({word for prompt in _corpus() for word in prompt.split()})
-    letters = [c for c in "abcdefghijklmnopqrstuvwxyz0123456789.,-"]
+    letters = list("abcdefghijklmnopqrstuvwxyz0123456789.,-")
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((f"▁{w}", -3.0) for w in words), ("▁", -6.0)]
     pieces += [(c, -8.0) for c in letters if f"▁{c}" != c]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=MAX_TOKENS)
