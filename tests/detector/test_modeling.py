@@ -138,6 +138,7 @@ def test_gradient_of_confidence_by_finite_differences():
         (torch.zeros(0, 3, 8, 8), ValueError, "with B > 0"),
         (torch.zeros(1, 4, 8, 8), ValueError, r"shape \(B, 3, H, W\)"),
         (torch.full((1, 3, 8, 8), 255.0), ValueError, "divide 8-bit by 255"),
+        (torch.linspace(-3.7, 3.6, 192).view(1, 3, 8, 8), ValueError, "undo their normalisation"),
         (torch.linspace(-1, 1, 192).view(1, 3, 8, 8), ValueError, r"images / 2 \+ 0.5"),
         (torch.full((1, 3, 8, 8), 1.01), ValueError, "clamp them"),
         (torch.full((1, 3, 8, 8), torch.nan), ValueError, "NaN"),

@@ -61,14 +61,15 @@ def as_dataset(rows):
 def test_training_finds_the_artifact(model, tmp_path):
     trainer = ArtifactDetectorTrainer(
         model=model,
-        args=arguments(tmp_path, max_steps=80, learning_rate=5e-3, logging_steps=80, jpeg_probability=0.5),
+        args=arguments(tmp_path, max_steps=120, learning_rate=5e-3, logging_steps=120, jpeg_probability=0.5),
         train_dataset=as_dataset(red_squares(32)),
         eval_dataset=as_dataset(red_squares(16, seed=1)),
     )
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()
-    assert after["eval_mse"] < 0.3 * before["eval_mse"]
+    # An untrained detector says 0.5 everywhere, an error of 0.25; the best constant map has 0.109. Both must fail here.
+    assert after["eval_mse"] < 0.3 * before["eval_mse"] < 0.109
     assert after["eval_true_positive_rate"] > 0.9 and after["eval_false_positive_rate"] < 0.2
     assert after["eval_mse_clean"] < 0.3 * before["eval_mse_clean"]
     trainer.save_model()

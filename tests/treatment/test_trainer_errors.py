@@ -29,6 +29,7 @@ class TwoChannels(torch.nn.Module):
         (rows(["a cup", None]), ValueError, "no prompt in row 1: found None"),
         (Dataset.from_dict({"text": ["a cup"]}), ValueError, "no column \"prompt\", only ['text']. Rename one"),
         ([{"caption": "a cup"}], ValueError, "no column \"prompt\", only ['caption']"),
+        (["a cup", "a dog"], ValueError, '[{"prompt": text} for text in texts]'),
         ("a cup", TypeError, "`train_dataset` is a str"),
         (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), TypeError, "streaming=False"),
     ],
@@ -42,6 +43,7 @@ def test_prompts(tmp_path, dataset, error, message):
     "parts, error, message",
     [
         ({"reward_funcs": TwoChannels()}, ValueError, "whose map of one 64x64 image has the shape (1, 2, 64, 64)"),
+        ({"judge": TwoChannels()}, ValueError, "`judge` has a detector (TwoChannels) whose map"),
         ({"reward_funcs": "detector"}, TypeError, "A reward must be a detector"),
         ({"reward_funcs": []}, ValueError, "`reward_weights` has 0 entries for 0 `reward_funcs`"),
         ({"judge": object()}, TypeError, "`judge` is a object, but must have a method `confidence(images)`"),

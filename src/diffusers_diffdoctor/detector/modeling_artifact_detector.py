@@ -172,6 +172,8 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
         if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
             if low != low:
                 remedy = "look for the step that makes NaN, often half precision"
+            elif low < -RANGE_TOLERANCE and high > 1.5:
+                remedy = "undo their normalisation: the detector normalises by itself"
             elif high > 2:
                 remedy = "divide 8-bit by 255"
             elif low < -0.5:

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Measure, show and report: metrics of confidence maps, pictures, HTML reports and the report of a treatment."""
 
-from .diagnosis import diagnose_images, find_images, tiled_confidence
+from .diagnosis import diagnose_images, find_images
 from .metrics import (
     area_ratio,
     artifact_frequency,
@@ -40,7 +40,6 @@ __all__ = [
     "print_summary",
     "read_image",
     "sharpness",
-    "tiled_confidence",
     "to_pil",
     "treatment_report",
     "wilson_interval",

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tqdm.auto import tqdm
 
+from ..detector.tiling import tiled_confidence
 from .metrics import area_ratio, max_confidence, wilson_interval
 from .pictures import heatmap_overlay, image_grid, read_image, to_pil
 from .report import Figure, Picture, Section, Table, html_report, write_atomically
@@ -168,36 +169,6 @@ def diagnose_images(
     }
     _write_html(output_dir, settings, summary, ranking[:report_images], bad)
     return summary
-
-
-def tiled_confidence(
-    detector: torch.nn.Module, images: torch.Tensor, tile_size: int, overlap: float = 0.25
-) -> torch.Tensor:
-    """See the whole and the details: (B, 3, H, W) in [0, 1] -> (B, 1, H, W) in [0, 1].
-
-    A detector that works at 512 pixels does not see a small hand in a large image. Here it looks at the whole image,
-    and at square tiles of `tile_size` pixels, a size it does not have to shrink, that overlap by `overlap` of their
-    side; each pixel takes its highest confidence. More artifacts are found and more false alarms raised. The rule is
-    ours.
-    """
-    maps = detector.confidence(images)
-    height, width = images.shape[-2:]
-    if max(height, width) <= tile_size:
-        return maps
-    maps = maps.clone()
-    for y in _starts(height, tile_size, overlap):
-        for x in _starts(width, tile_size, overlap):
-            part = (..., slice(y, y + tile_size), slice(x, x + tile_size))
-            maps[part] = torch.maximum(maps[part], detector.confidence(images[part]))
-    return maps
-
-
-def _starts(length: int, tile: int, overlap: float) -> list[int]:
-    """Where tiles begin so that they cover `length`; the last one ends with it."""
-    if length <= tile:
-        return [0]
-    stride = max(1, round(tile * (1 - overlap)))
-    return [*range(0, length - tile, stride), length - tile]
 
 
 def find_images(paths: Sequence[str | os.PathLike], excluded: str | os.PathLike | None = None) -> list[Path]:

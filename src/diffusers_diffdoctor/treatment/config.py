@@ -3,7 +3,7 @@
 
 import json
 import math
-import os
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -309,8 +309,11 @@ def _check_writable(output_dir: str) -> None:
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not existing.is_dir():
         raise ValueError(f"`output_dir` is {output_dir!r}, but {str(existing)!r} is a file. Choose another folder.")
-    if not os.access(existing, os.W_OK | os.X_OK):
+    try:  # a real file: os.access says yes to root in folders that take none
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
         raise ValueError(
             f"`output_dir` is {output_dir!r}, but {str(existing)!r} cannot be written. Change its permissions or choose "
             "another folder."
-        )
+        ) from error

@@ -62,14 +62,14 @@ def build_rewards(
     rewards = {}
     for func, weight in zip(funcs, weights):
         reward = as_reward(func, selection=args.pixel_selection, threshold=args.pixel_threshold)
-        _check_detector(getattr(reward, "detector", None))
+        check_detector(getattr(reward, "detector", None), "reward_funcs")
         name = getattr(reward, "__name__", type(reward).__name__)
         rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = (reward, weight)
     return rewards
 
 
 @torch.no_grad()
-def _check_detector(detector: Any | None) -> None:
+def check_detector(detector: Any | None, name: str) -> None:
     """Refuse a detector whose maps have more than one channel, before training rather than in its first step."""
     if detector is None:
         return
@@ -79,7 +79,7 @@ def _check_detector(detector: Any | None) -> None:
     )
     if shape != (1, 1, 64, 64):
         raise ValueError(
-            f"`reward_funcs` has a detector ({type(detector).__name__}) whose map of one 64x64 image has the shape {shape}, "
+            f"`{name}` has a detector ({type(detector).__name__}) whose map of one 64x64 image has the shape {shape}, "
             "but (1, 1, 64, 64) is needed: one channel, 1 = artifact. Train or convert it with one label."
         )
 

@@ -39,6 +39,10 @@ def read_prompts(dataset: Any, name: str) -> list[str]:
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty. Pass at least one prompt.")
+    if not hasattr(dataset, "column_names") and isinstance(dataset[0], str):
+        raise ValueError(
+            f'`{name}` holds texts, but must hold rows with the column "prompt": [{{"prompt": text}} for text in texts].'
+        )
     prompts = list(_column(dataset, "prompt", name))
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():

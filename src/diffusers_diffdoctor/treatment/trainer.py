@@ -43,7 +43,7 @@ from .config import DTYPES, PixelRewardConfig
 from .examine import diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
 from .losses import offline_loss
 from .model_card import upload, write_model_card
-from .prepare import RewardFunc, add_lora, build_rewards, load_pipeline
+from .prepare import RewardFunc, add_lora, build_rewards, check_detector, load_pipeline
 from .rollout import DifferentiableRollout
 from .samples import RegularizationImages, derive_seed, read_prompts
 
@@ -143,6 +143,7 @@ class PixelRewardTrainer(Trainer):
         self.rewards = build_rewards(reward_funcs, args)
         if judge is not None and not callable(getattr(judge, "confidence", None)):
             raise TypeError(f"`judge` is a {type(judge).__name__}, but must have a method `confidence(images)`.")
+        check_detector(judge, "judge")
         self.judge = judge
         self.image_metrics = compute_metrics
 
