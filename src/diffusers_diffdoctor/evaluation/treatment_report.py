@@ -40,6 +40,7 @@ def treatment_report(
     features: Callable[[torch.Tensor], torch.Tensor] | None = None,
     diversity_groups: Sequence | None = None,
     diversity_images: tuple[torch.Tensor, torch.Tensor] | None = None,
+    other_categories: Mapping[str, Mapping] | None = None,
     judge_error_rates: Mapping[str, float] | None = None,
     training_log: Sequence[Mapping] | None = None,
     lora_dir: str | os.PathLike | None = None,
@@ -70,8 +71,10 @@ def treatment_report(
         diversity_groups: N labels (or one per image of `diversity_images`); distances are taken within a group. By
             default the prompts.
         diversity_images: images (before, after) made for the diversity, when those above have one seed per prompt.
-        judge_error_rates: published error rates of the judge, see [`error_rates`]; recorded and shown with its
-            figures.
+        other_categories: `categories` of another report, of prompts that have no artifacts to treat, say. They are shown
+            beside these, and count in no other figure.
+        judge_error_rates: published error rates of the judge, see [`error_rates`]: shares, counts (integers) and tables
+            of them; recorded and shown with its figures.
         training_log: `trainer.state.log_history`.
         lora_dir: where the treated weights lie, for the instructions.
         base_model: id or folder of the untreated pipeline, for the instructions.
@@ -149,6 +152,7 @@ def treatment_report(
             name: _frequency(worst[name, "before"][members], worst[name, "after"][members], threshold)
             for name in judges
         }
+    report["categories"] |= other_categories or {}
     report["images"] = [
         {
             "prompt": prompts[i],
@@ -186,9 +190,14 @@ def print_summary(report: Mapping, file: TextIO | None = None) -> None:
     lines.append(f"  {'':{widths[0]}}  {'before':>{max(6, widths[1])}}  {'after':>{max(6, widths[2])}}")
     for name, old, new, note in rows:
         lines.append(f"  {name:{widths[0]}}  {old:>{max(6, widths[1])}}  {new:>{max(6, widths[2])}}  {note}".rstrip())
+    judge = next(iter(report["artifact_frequency"]))
+    if report["categories"]:
+        lines += ["", f"  Artifact frequency by category, {judge}:"]
+    for category, judges in report["categories"].items():
+        old, new = _share(judges[judge]["before"]), _share(judges[judge]["after"])
+        lines.append(f"  {'  ' + category:{widths[0]}}  {old:>{max(6, widths[1])}}  {new:>{max(6, widths[2])}}")
     if report["judge_error_rates"]:
-        rates = ", ".join(f"{name.replace('_', ' ')} {_share(x)}" for name, x in report["judge_error_rates"].items())
-        lines += ["", f"  The judge's own errors: {rates}"]
+        lines += ["", f"  The judge's own errors: {_errors(report['judge_error_rates'])}"]
     if report["lora_dir"]:
         lines += ["", f"The LoRA lies in {report['lora_dir']}. To use it:", ""]
         lines += ["    " + line for line in _loading_code(report).splitlines()]
@@ -268,10 +277,7 @@ def _write_html(report, path, title, grid, curves, shown) -> None:
     errors = report["judge_error_rates"]
     about_judge = f"“{main}” is the judge that counts."
     if errors:
-        about_judge += " Its own error rates: " + ", ".join(
-            f"{k.replace('_', ' ')} {_share(x)}" for k, x in errors.items()
-        )
-        about_judge += "."
+        about_judge += f" Its own error rates: {_errors(errors)}."
     sections = [
         Section(
             "Before and after",
@@ -436,6 +442,15 @@ def _save_png(image: Image.Image, path: Path) -> None:
 
 def _share(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
+def _errors(rates: Mapping) -> str:
+    """Error rates for people: shares in per cent, counts as they are, tables in brackets."""
+    texts = []
+    for name, x in rates.items():
+        value = f"({_errors(x)})" if isinstance(x, Mapping) else str(x) if isinstance(x, int) else _share(x)
+        texts.append(f"{name.replace('_', ' ')} {value}")
+    return ", ".join(texts)
 
 
 def _interval(interval: Sequence[float]) -> str:

@@ -311,7 +311,7 @@ class _TensorScenes(torch.utils.data.Dataset):
         return {"pixel_values": (image - self.mean) / self.std, "labels": self.maps[i].float() / 255}
 
 
-def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 1600, scenes: int = 12_000) -> None:
+def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 2600, scenes: int = 12_000) -> None:
     """A SegFormer that sees the scenes enlarged to 128 pixels, trained by [`ArtifactDetectorTrainer`]."""
     torch.manual_seed(SEEDS["detector"])
     config = ArtifactDetectorConfig(
@@ -323,6 +323,7 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 1600, scen
         decoder_hidden_size=64,
         drop_path_rate=0.0,
         classifier_dropout_prob=0.0,
+        initializer_range=0.1,  # SegFormer's 0.02 is for widths of hundreds
     )
     model = ArtifactDetectorForSemanticSegmentation(config)
     images, maps, _ = labelled_scenes(scenes, SEEDS["detector"], vae)
@@ -332,13 +333,13 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 1600, scen
         max_steps=steps,
         per_device_train_batch_size=24,
         per_device_eval_batch_size=100,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
         warmup_steps=100,
         lr_scheduler_type="cosine",
         weight_decay=0.01,
         logging_steps=100,
         eval_strategy="steps",
-        eval_steps=400,
+        eval_steps=650,
         save_strategy="no",
         report_to="none",
         seed=SEEDS["detector"],
