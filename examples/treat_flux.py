@@ -202,19 +202,31 @@ def main() -> None:
 def report(trainer: PixelRewardTrainer, inputs: Inputs, count: int) -> None:
     """Generate held-out prompts with and without the LoRA, judge them, write report.html, .json and .png."""
     output_dir = Path(trainer.args.output_dir)
-    results = judge_prompts(trainer, inputs, inputs.eval_prompts, count, output_dir, "Treatment")
+    plain = {}
     if inputs.plain_prompts is not None:
         title = "Prompts that had no artifacts to treat"
-        judge_prompts(trainer, inputs, inputs.plain_prompts, count // 8, output_dir / "plain", title)
+        plain_count = max(1, count // 8)
+        plain = judge_prompts(trainer, inputs, inputs.plain_prompts, plain_count, output_dir / "plain", title)
+    results = judge_prompts(
+        trainer, inputs, inputs.eval_prompts, count, output_dir, "Treatment", plain.get("categories")
+    )
     print_summary(results)
 
 
 def judge_prompts(
-    trainer: PixelRewardTrainer, inputs: Inputs, dataset: Dataset, count: int, output_dir: Path, title: str
+    trainer: PixelRewardTrainer,
+    inputs: Inputs,
+    dataset: Dataset,
+    count: int,
+    output_dir: Path,
+    title: str,
+    other_categories: dict | None = None,
 ) -> dict:
     args = trainer.args
     rows = [dataset[i % len(dataset)] for i in range(count)]
     prompts, seeds = [row["prompt"] for row in rows], [args.eval_seed + i for i in range(count)]
+    # Diversity is a distance between seeds of one prompt; with few images there is one seed for each.
+    features = inputs.features if len(set(prompts)) < count else None
     # The first judge is the one that counts; the detector that was trained against flatters the result.
     judges = {"judge": inputs.judge, "detector": inputs.detector}
     return treatment_report(
@@ -226,8 +238,8 @@ def judge_prompts(
         seeds=seeds,
         categories=[row["category"] for row in rows] if "category" in dataset.column_names else None,
         fidelity=inputs.fidelity,
-        features=inputs.features,
-        diversity_groups=prompts if inputs.features is not None else None,
+        features=features,
+        other_categories=other_categories,
         judge_error_rates=inputs.judge_error_rates,
         training_log=trainer.state.log_history,
         lora_dir=args.output_dir,

@@ -31,6 +31,9 @@ CATEGORIES = ["hand", "hand", "face", "face", "dog", "dog"]
 LOG = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
 
 
+RATES = {"misses": 0.03, "false_alarms": 0.02, "scenes": 2000, "misses_by_kind": {"extra": 0.01, "fused": 0.05}}
+
+
 def images(reds):
     result = torch.full((len(reds), 3, 16, 16), 0.2)
     result[:, 0, 8, 8] = torch.tensor(reds)
@@ -60,7 +63,7 @@ def made(tmp_path_factory):
         fidelity=fidelity,
         fidelity_name="CLIP score",
         features=features,
-        judge_error_rates={"misses": 0.03, "false_alarms": 0.02},
+        judge_error_rates=RATES,
         training_log=LOG,
         lora_dir="runs/lora",
         base_model="runs/base",
@@ -132,7 +135,7 @@ def test_files(made):
     assert sorted(file.name for file in folder.iterdir()) == ["curves.png", "report.html", "report.json", "report.png"]
     assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
     assert report["counts"] == {"images": 6, "prompts": 3, "diversity_images": 6, "height": 16, "width": 16}
-    assert report["judge_error_rates"] == {"misses": 0.03, "false_alarms": 0.02}
+    assert report["judge_error_rates"] == RATES
     assert report["details"] == {"rank": 16, "nothing": None}
     assert report["images"][4] == {
         "prompt": "a dog",
@@ -157,7 +160,31 @@ def test_summary_says_how_to_use_the_result(made):
     code = "\n".join(line.strip() for line in lines[-3:])
     compile(code, "summary", "exec")
     assert 'from_pretrained("runs/base")' in code and 'load_lora_weights("runs/lora")' in code
-    assert any("misses 3.0 %" in line for line in lines)
+    errors = "misses 3.0 %, false alarms 2.0 %, scenes 2000, misses by kind (extra 1.0 %, fused 5.0 %)"
+    assert any(errors in line for line in lines)
+    (row,) = [line for line in lines if line.split()[:1] == ["hand"]]
+    assert row.split() == ["hand", "100.0", "%", "50.0", "%"]
+
+
+def test_other_categories_are_shown_and_count_nowhere_else(tmp_path):
+    def report(reds, category, folder, others=None):
+        return treatment_report(
+            images(reds),
+            images(reds),
+            ["a prompt"] * len(reds),
+            tmp_path / folder,
+            judges={"judge": BrightnessJudge(1.0)},
+            categories=[category] * len(reds),
+            other_categories=others,
+            show_progress=False,
+        )
+
+    plain = report([0.3, 0.3], "cup", "plain")
+    whole = report([0.9], "hand", "whole", plain["categories"])
+    assert whole["categories"] == {**report([0.9], "hand", "alone")["categories"], **plain["categories"]}
+    assert whole["artifact_frequency"]["judge"]["before"] == 1 and whole["counts"]["images"] == 1
+    assert json.loads((tmp_path / "whole/report.json").read_text(encoding="utf-8")) == whole
+    assert ">cup</td>" in (tmp_path / "whole/report.html").read_text(encoding="utf-8")
 
 
 def test_least_input(tmp_path):
