@@ -223,7 +223,8 @@ def judge_prompts(
     other_categories: dict | None = None,
 ) -> dict:
     args = trainer.args
-    rows = [dataset[i % len(dataset)] for i in range(count)]
+    stride = max(1.0, len(dataset) / count)  # fewer images than prompts: from all over the data set, not its beginning
+    rows = [dataset[int(i * stride) % len(dataset)] for i in range(count)]
     prompts, seeds = [row["prompt"] for row in rows], [args.eval_seed + i for i in range(count)]
     # Diversity is a distance between seeds of one prompt; with few images there is one seed for each.
     features = inputs.features if len(set(prompts)) < count else None

@@ -6,12 +6,18 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import yaml
 from fixtures.pipelines import tiny_flux
 from fixtures.trainer import photos, tiny_detector
+
+from diffusers_diffdoctor import miniature
+from diffusers_diffdoctor.miniature import build
+from diffusers_diffdoctor.miniature.judge import MiniatureJudge
+from diffusers_diffdoctor.miniature.renderer import CATEGORIES, PRONE_CATEGORIES
 
 
 ROOT = Path(__file__).parents[2]
@@ -81,6 +87,41 @@ def test_the_miniature_brings_its_own_recipe(example):
     assert example.wants_miniature(["--output_dir", "x", "--pipeline", "miniature"])
     assert example.wants_miniature(["--pipeline=miniature"])
     assert not example.wants_miniature(["--pipeline", "black-forest-labs/FLUX.1-schnell"])
+
+
+def test_the_miniature_from_its_parts_to_the_report(example, tmp_path, monkeypatch, capsys):
+    """Untrained parts in the form in which `build` writes them; what treatment does to them is nothing to look at."""
+    parts = tmp_path / "parts"
+    vae = build.build_vae(steps=1, scenes=16)
+    build.new_pipeline(vae).save_pretrained(parts / "pipeline")
+    tiny_detector(0).save_pretrained(parts / "detector")
+    judge = MiniatureJudge()
+    judge.save_pretrained(parts / "judge")
+    rates = build.judge_error_rates(judge, vae, scenes=16)
+    (parts / "judge/error_rates.json").write_text(json.dumps(rates))
+    build.build_clip(vae, parts, steps=1, scenes=96)
+    monkeypatch.setattr(miniature, "WEIGHTS", parts)
+    monkeypatch.setattr(miniature, "regularization_dataset", partial(miniature.regularization_dataset, 8))
+    argv = ["--pipeline", "miniature", "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--use_cpu"]
+    argv += ["--per_device_train_batch_size", "2", "--num_inference_steps", "2", "--report_images", "80"]
+    monkeypatch.setattr(sys, "argv", ["treat_flux.py", *argv])
+    example.main()
+
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert set(report["categories"]) == set(CATEGORIES)
+    prone = [image["category"] for image in report["images"]]
+    assert len(prone) == 80 and set(prone) == set(PRONE_CATEGORIES)  # the plain ones count in no frequency
+    held_out = {row["prompt"] for row in miniature.prompts(held_out=True)}
+    assert {image["prompt"] for image in report["images"]} <= held_out
+    for name in ("judge", "detector"):
+        assert 0 <= report["artifact_frequency"][name]["after"] <= 1
+    for figure in ("fidelity", "diversity"):
+        assert report[figure]["before"] > 0 and report[figure]["after"] > 0
+    assert set(report["change"]) >= {"inside", "outside"}
+    assert report["judge_error_rates"] == json.loads(json.dumps(rates))
+    printed = capsys.readouterr().out
+    assert "The judge's own errors: true positive rate" in printed and "load_lora_weights" in printed
+    assert (tmp_path / "out/report.png").exists() and (tmp_path / "out/curves.png").exists()
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("accelerate/*.yaml")), ids=lambda path: path.stem)
