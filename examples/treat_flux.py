@@ -179,7 +179,10 @@ def read_miniature() -> Inputs:
 
 def main() -> None:
     script, args = parse()
-    inputs = read_inputs(script)
+    try:
+        inputs = read_inputs(script)
+    except FileNotFoundError as error:  # its message says what to do; a launcher's traceback would bury it
+        raise SystemExit(f"error: {error}") from error
     trainer = PixelRewardTrainer(
         pipeline=inputs.pipeline,
         reward_funcs=inputs.detector,

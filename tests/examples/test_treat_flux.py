@@ -124,6 +124,13 @@ def test_the_miniature_from_its_parts_to_the_report(example, tmp_path, monkeypat
     assert (tmp_path / "out/report.png").exists() and (tmp_path / "out/curves.png").exists()
 
 
+def test_a_miniature_without_its_parts_says_how_to_get_them(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(example.miniature, "WEIGHTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["treat_flux.py", "--pipeline", "miniature", "--output_dir", str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="error: The miniature's .* Build it: diffdoctor miniature build"):
+        example.main()
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("accelerate/*.yaml")), ids=lambda path: path.stem)
 def test_accelerate_configurations_load(path):
     from accelerate.commands.config.config_args import load_config_from_file
