@@ -126,8 +126,10 @@ def test_the_miniature_from_its_parts_to_the_report(example, tmp_path, monkeypat
 
 def test_a_miniature_without_its_parts_says_how_to_get_them(example, tmp_path, monkeypatch):
     monkeypatch.setattr(example.miniature, "WEIGHTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["treat_flux.py", "--pipeline", "miniature", "--output_dir", str(tmp_path / "out")])
-    with pytest.raises(SystemExit, match="error: The miniature's .* Build it: diffdoctor miniature build"):
+    monkeypatch.setattr(
+        sys, "argv", ["treat_flux.py", "--pipeline", "miniature", "--output_dir", str(tmp_path / "out")]
+    )
+    with pytest.raises(SystemExit, match=r"error: The miniature's .* Build it: diffdoctor miniature build"):
         example.main()
 
 
