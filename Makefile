@@ -16,7 +16,7 @@ $(STAMP): setup.py constraints.txt
 
 # Diagnose and treat the embedded miniature pipeline; ends with a report in runs/miniature.
 treat: $(STAMP)
-	$(BIN)/accelerate launch --config_file examples/accelerate/single_process.yaml \
+	$(BIN)/accelerate launch --quiet --config_file examples/accelerate/single_process.yaml \
 		examples/treat_flux.py --pipeline miniature --output_dir runs/miniature
 
 test: $(STAMP)
