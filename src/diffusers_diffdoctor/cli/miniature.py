@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="share of wrong scenes among those that can be wrong, 0 to 1 (default: %(default)s)",
     )
     render.add_argument("--seed", type=int, default=0, help="decides the scenes (default: %(default)s)")
-    build = actions.add_parser("build", help="train parts from scratch, on a CPU in about two hours for all")
+    build = actions.add_parser("build", help="train parts from scratch on a CPU, which takes hours for all")
     build.add_argument("--output", required=True, help="folder for the parts; a VAE that lies there is used again")
     build.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to build (default: all)")
     build.add_argument("--quick", action="store_true", help="a few steps of everything: useless parts, soon")

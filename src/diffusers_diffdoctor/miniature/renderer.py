@@ -482,11 +482,10 @@ def _spoil(parts: list[Part], kind: str, rng: np.random.Generator) -> list[Part]
         dx, dy, degrees = options[rng.integers(len(options))]
         jitter = rng.uniform(-1, 1, 3)
         wrong = _moved(parts[i], (dx + 0.02 * jitter[0], dy + 0.02 * jitter[1], degrees + 4 * jitter[2]))
-        parts[i : i + 1] = (
-            [wrong, parts[i]]
-            if kind == "extra" and "eye" not in wrong.name
-            else [wrong] * (kind == "misplaced") or [parts[i], wrong]
-        )
+        if kind == "misplaced":
+            parts[i] = wrong
+        else:  # a second limb lies behind the first, a second eye before it
+            parts.insert(i + 1 if "eye" in wrong.name else i, wrong)
     elif kind == "fused":
         by_name = {p.name: p for p in parts}
         candidates = [i for i, p in enumerate(parts) if p.neighbour]
