@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--output", required=True, help="folder for the parts; a VAE that lies there is used again")
     build.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="parts to build (default: all)")
     build.add_argument("--quick", action="store_true", help="a few steps of everything: useless parts, soon")
+    check = actions.add_parser("check", help="measure the parts: reproduction, recognition, error rates; JSON")
+    check.add_argument("--folder", help="where the parts lie (default: the bundled ones)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,6 +36,13 @@ def run(args: argparse.Namespace) -> int:
         print(load(args.part))
     elif args.action == "render":
         print(f"{write_scenes(Path(args.output), args.count, args.wrong_share, args.seed)} scenes in {args.output}")
+    elif args.action == "check":
+        import json
+
+        from ..miniature import WEIGHTS
+        from ..miniature.check import check
+
+        print(json.dumps(check(args.folder or WEIGHTS), indent=2))
     else:
         from ..miniature.build import build
 

@@ -9,7 +9,8 @@ stay random: the grammar has 432 captions, and a random transformer keeps them a
 """
 
 import json
-import math
+import shutil
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..detector import (
     ArtifactDetectorConfig,
@@ -38,16 +40,17 @@ from ..detector import (
     ArtifactDetectorTrainer,
     ArtifactDetectorTrainingArguments,
 )
-from ..evaluation.metrics import error_rates, max_confidence
+from .check import rates_on_scenes, reproduce
 from .judge import MiniatureJudge
-from .renderer import IMAGE_SIZE, PRONE_CATEGORIES, all_prompts, render, sample_scene
+from .muon import Muon
+from .renderer import IMAGE_SIZE, all_prompts, render, sample_scene
 
 
 PARTS = ("pipeline", "detector", "judge", "clip")
 MAX_TOKENS = 12  # the longest caption with its end token
 WRONG_SHARE = 0.82  # of the scenes of prone categories the pipeline learns to draw
 # The stages' scenes never meet: each starts from a seed of its own.
-SEEDS = {"vae": 1, "transformer": 2, "detector": 3, "judge": 4, "clip": 5, "check": 6}
+SEEDS = {"vae": 1, "transformer": 2, "detector": 3, "judge": 4, "clip": 5}
 
 
 # --- scenes ----------------------------------------------------------------------------------------------------------
@@ -71,59 +74,81 @@ def render_scenes(count: int, seed: int, wrong_share: float, chunk: int = 500, w
     return images, maps, [caption for c in chunks for caption in c[2]]
 
 
-@torch.no_grad()
-def reproduce(vae: AutoencoderKL, images: torch.Tensor, noise: float = 0.15, batch_size: int = 25) -> torch.Tensor:
-    """Images uint8 as the VAE reproduces them from slightly noisy latents: how a generated image looks. uint8 again."""
-    generator = torch.Generator().manual_seed(0)
-    result = []
-    for batch in tqdm(images.split(batch_size), desc="reproduce", mininterval=10):
-        latents = vae.encode(batch.float() / 127.5 - 1).latent_dist.mode()
-        scale = noise * torch.rand(len(batch), 1, 1, 1, generator=generator) * latents.std()
-        latents = latents + scale * torch.randn(latents.shape, generator=generator)
-        result.append(((vae.decode(latents).sample + 1) * 127.5).clamp(0, 255).round().to(torch.uint8))
-    return torch.cat(result)
-
-
 def labelled_scenes(count: int, seed: int, vae: AutoencoderKL, wrong_share: float = 0.6):
     """Scenes with maps, every third one passed through the VAE."""
     images, maps, captions = render_scenes(count, seed, wrong_share)
-    images[::3] = reproduce(vae, images[::3])
+    images[::3] = reproduce(vae, images[::3], noise=0.15)
     return images, maps, captions
 
 
-def _train(parameters, loss_of_step, steps: int, lr: float, desc: str, weight_decay: float = 0.01, warmup: int = 100):
-    """AdamW with warm-up and cosine decay to zero; `loss_of_step(step)` returns the loss of one batch."""
-    parameters = list(parameters)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+def _train(
+    module: torch.nn.Module,
+    loss_of_step: Callable[[int, torch.Generator], torch.Tensor],
+    steps: int,
+    lr: float,
+    desc: str,
+    state_file: Path,
+    ema_decay: float | None = None,
+) -> None:
+    """Train `module` with [`Muon`] at a learning rate that falls to zero in the last third; stopped, it goes on where it was.
+
+    Args:
+        module: trained in place; ends in eval mode.
+        loss_of_step: from the step and a generator seeded with it to the loss of one batch.
+        steps: of the optimizer.
+        lr: learning rate between warm-up and decay.
+        desc: title of the progress bar.
+        state_file: keeps the state every 250 steps; removed at the end.
+        ema_decay: end with the exponential moving average of the weights.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = Muon(module, lr)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda i: min(1.0, (i + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * min(1.0, i / steps))),
+        optimizer, lambda i: min(1.0, (i + 1) / 100, max(0.0, steps - i) / (steps / 3))
     )
-    bar = tqdm(range(steps), desc=desc, mininterval=10)
     average = None
+    if ema_decay is not None:
+        ema = torch.optim.swa_utils.get_ema_multi_avg_fn(ema_decay)
+        average = torch.optim.swa_utils.AveragedModel(module, multi_avg_fn=ema)
+    stateful = {"module": module, "optimizer": optimizer, "schedule": schedule} | (
+        {"average": average} if average else {}
+    )
+    start = 0
+    if state_file.exists():
+        saved = torch.load(state_file)
+        start = saved.pop("step")
+        for name, state in saved.items():
+            stateful[name].load_state_dict(state)
+    module.train()
+    bar = tqdm(range(start, steps), desc=desc, initial=start, total=steps, mininterval=10)
+    loss_average = None
     for step in bar:
-        loss = loss_of_step(step)
+        loss = loss_of_step(step, torch.Generator().manual_seed(step))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
-        value = loss.item()
-        average = value if average is None else 0.98 * average + 0.02 * value
-        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
-
-
-def _batches(count: int, batch_size: int, generator: torch.Generator):
-    """Endless index batches; every epoch in a new order."""
-    while True:
-        yield from torch.randperm(count, generator=generator).split(batch_size)[: count // batch_size]
+        if average is not None:
+            average.update_parameters(module)
+        loss_average = loss.item() if loss_average is None else 0.98 * loss_average + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{loss_average:.4f}", refresh=False)
+        if (step + 1) % 250 == 0:
+            state_file.parent.mkdir(parents=True, exist_ok=True)
+            part = state_file.with_suffix(".part")
+            torch.save({name: o.state_dict() for name, o in stateful.items()} | {"step": step + 1}, part)
+            part.replace(state_file)
+    if average is not None:
+        module.load_state_dict(average.module.state_dict())
+    module.eval()
+    state_file.unlink(missing_ok=True)
 
 
 # --- pipeline --------------------------------------------------------------------------------------------------------
 
 
-def build_vae(steps: int = 1500, scenes: int = 16_000) -> AutoencoderKL:
-    """64x64 pixels to 16x16 latents of 8 channels."""
+def build_vae(output_dir: Path, steps: int = 1500, decoder_steps: int = 3000, scenes: int = 16_000) -> AutoencoderKL:
+    """64x64 pixels to 16x16 latents of 8 channels; first both halves learn, then the decoder alone."""
     torch.manual_seed(SEEDS["vae"])
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3,
@@ -138,18 +163,20 @@ def build_vae(steps: int = 1500, scenes: int = 16_000) -> AutoencoderKL:
         mid_block_add_attention=False,
     )
     images, _, _ = render_scenes(scenes, SEEDS["vae"], wrong_share=0.6)
-    batches = _batches(scenes, 16, torch.Generator().manual_seed(0))
 
-    def loss_of_step(step):
-        x = images[next(batches)].float() / 127.5 - 1
+    def loss_of_step(step, generator):
+        x = images[torch.randint(scenes, (16,), generator=generator)].float() / 127.5 - 1
         posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
+        y = vae.decode(posterior.sample(generator)).sample
         # edges weigh as much as areas: the parts of these scenes are thin
         edges = sum((y.diff(dim=d) - x.diff(dim=d)).abs().mean() for d in (2, 3))
         return (y - x).abs().mean() + F.mse_loss(y, x) + edges + 1e-4 * posterior.kl().mean() / x[0].numel() * 48
 
-    _train(vae.parameters(), loss_of_step, steps, lr=2e-3, desc="vae")
-    vae = vae.eval()
+    state = output_dir / "training"
+    if not (state / "vae-decoder.pt").exists():
+        _train(vae, loss_of_step, steps, 2e-3, "vae", state / "vae.pt")
+    vae.encoder.requires_grad_(False)  # the latents are settled, their picture can still get sharper
+    _train(vae, loss_of_step, decoder_steps, 2e-3, "vae decoder", state / "vae-decoder.pt")
     with torch.no_grad():
         latents = torch.cat([vae.encode(b.float() / 127.5 - 1).latent_dist.mode() for b in images[:2000].split(250)])
     vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
@@ -240,7 +267,9 @@ def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
     )
 
 
-def build_transformer(pipeline: FluxPipeline, steps: int = 3600, scenes: int = 40_000, batch_size: int = 48) -> None:
+def build_transformer(
+    pipeline: FluxPipeline, output_dir: Path, steps: int = 10_000, scenes: int = 40_000, batch_size: int = 48
+) -> None:
     """Train the transformer on mostly wrong scenes by flow matching (arXiv 2210.02747), and keep the average of its weights."""
     images, _, captions = render_scenes(scenes, SEEDS["transformer"], WRONG_SHARE)
     vae, transformer = pipeline.vae, pipeline.transformer
@@ -258,20 +287,10 @@ def build_transformer(pipeline: FluxPipeline, steps: int = 3600, scenes: int = 4
         embeds, pooled, text_ids = pipeline.encode_prompt(prompts, prompts, max_sequence_length=MAX_TOKENS)
     of_caption = torch.tensor([{p: i for i, p in enumerate(prompts)}[caption] for caption in captions])
     image_ids = FluxPipeline._prepare_latent_image_ids(1, h // 2, w // 2, latents.device, latents.dtype)
-    average = torch.optim.swa_utils.AveragedModel(
-        transformer, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.998)
-    )
-    batches, generator = (
-        _batches(scenes, batch_size, torch.Generator().manual_seed(0)),
-        torch.Generator().manual_seed(1),
-    )
     shift = pipeline.scheduler.config.shift
-    transformer.train()
 
-    def loss_of_step(step):
-        if step:
-            average.update_parameters(transformer)
-        rows = next(batches)
+    def loss_of_step(step, generator):
+        rows = torch.randint(scenes, (batch_size,), generator=generator)
         x, noise = latents[rows], torch.randn(batch_size, *latents.shape[1:], generator=generator)
         sigma = torch.sigmoid(torch.randn(batch_size, generator=generator) * 1.2)
         sigma = (shift * sigma / (1 + (shift - 1) * sigma))[:, None, None]
@@ -286,9 +305,8 @@ def build_transformer(pipeline: FluxPipeline, steps: int = 3600, scenes: int = 4
         )[0]
         return F.mse_loss(prediction, noise - x)
 
-    _train(transformer.parameters(), loss_of_step, steps, lr=1.5e-3, desc="transformer")
-    transformer.load_state_dict(average.module.state_dict())
-    transformer.eval()
+    state_file = output_dir / "training" / "transformer.pt"
+    _train(transformer, loss_of_step, steps, 1e-3, "transformer", state_file, ema_decay=0.998)
 
 
 # --- detector, judge, CLIP -------------------------------------------------------------------------------------------
@@ -304,8 +322,10 @@ def _segmentation_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tens
 class _TensorScenes(torch.utils.data.Dataset):
     """Scenes as the detector's input, prepared on access."""
 
-    def __init__(self, images: torch.Tensor, maps: torch.Tensor, config: ArtifactDetectorConfig):
-        self.images, self.maps, self.config = images, maps, config
+    def __init__(
+        self, images: torch.Tensor, maps: torch.Tensor, config: ArtifactDetectorConfig, flip_probability: float = 0.0
+    ):
+        self.images, self.maps, self.config, self.flip_probability = images, maps, config, flip_probability
         self.mean = torch.tensor(config.image_mean)[:, None, None]
         self.std = torch.tensor(config.image_std)[:, None, None]
 
@@ -315,7 +335,10 @@ class _TensorScenes(torch.utils.data.Dataset):
     def __getitem__(self, i):
         size = (self.config.image_size,) * 2
         image = F.interpolate(self.images[i : i + 1].float() / 255, size=size, mode="bilinear", antialias=True)[0]
-        return {"pixel_values": (image - self.mean) / self.std, "labels": self.maps[i].float() / 255}
+        row = {"pixel_values": (image - self.mean) / self.std, "labels": self.maps[i].float() / 255}
+        if torch.rand(()) < self.flip_probability:
+            row = {name: value.flip(-1) for name, value in row.items()}
+        return row
 
 
 def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 2600, scenes: int = 12_000) -> None:
@@ -335,21 +358,24 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 2600, scen
         initializer_range=0.05,  # SegFormer's 0.02 is for widths of hundreds
     )
     model = ArtifactDetectorForSemanticSegmentation(config)
+    # SegFormer's initialization is for widths of hundreds; at these, signals would die out in the convolutions.
+    model.apply(lambda m: m.reset_parameters() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) else None)
     images, maps, _ = labelled_scenes(scenes, SEEDS["detector"], vae)
     held = min(500, scenes // 4)
     args = ArtifactDetectorTrainingArguments(
-        output_dir=str(output_dir / "detector-training"),
+        output_dir=str(output_dir / "training" / "detector"),
         max_steps=steps,
         per_device_train_batch_size=24,
         per_device_eval_batch_size=100,
         learning_rate=1e-3,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": steps // 3, "warmup_type": "linear", "decay_type": "linear"},
         warmup_steps=100,
-        lr_scheduler_type="cosine",
-        weight_decay=0.01,
         logging_steps=100,
         eval_strategy="steps",
-        eval_steps=650,
-        save_strategy="no",
+        eval_steps=500,
+        save_steps=500,
+        save_total_limit=1,
         report_to="none",
         seed=SEEDS["detector"],
         use_cpu=True,
@@ -357,15 +383,19 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 2600, scen
     trainer = ArtifactDetectorTrainer(
         model,
         args,
-        train_dataset=_TensorScenes(images[held:], maps[held:], config),
+        train_dataset=_TensorScenes(images[held:], maps[held:], config, flip_probability=0.5),
         eval_dataset=_TensorScenes(images[:held], maps[:held], config),
+        optimizers=(Muon(model, args.learning_rate), None),
         # The paper's squared error has no gradient left where a random network has settled on "nothing anywhere"; its
         # SegFormer starts from pretrained weights, this one from none.
         compute_loss_func=lambda outputs, labels, num_items_in_batch=None: _segmentation_loss(
             F.interpolate(outputs.logits, size=labels.shape[-2:], mode="bilinear", align_corners=False), labels
         ),
     )
-    trainer.train()
+    trainer.train(
+        resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
+    )
+    shutil.rmtree(args.output_dir, ignore_errors=True)
     model.eval().half().save_pretrained(output_dir / "detector")
 
 
@@ -374,10 +404,9 @@ def build_judge(vae: AutoencoderKL, output_dir: Path, steps: int = 2200, scenes:
     torch.manual_seed(SEEDS["judge"])
     judge = MiniatureJudge().to(memory_format=torch.channels_last)
     images, maps, _ = labelled_scenes(scenes, SEEDS["judge"], vae)
-    batches, generator = _batches(scenes, 32, torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
 
-    def loss_of_step(step):
-        rows = next(batches)
+    def loss_of_step(step, generator):
+        rows = torch.randint(scenes, (32,), generator=generator)
         x, target = images[rows].float() / 255, maps[rows].float() / 255
         if torch.rand((), generator=generator) < 0.5:
             x, target = x.flip(-1), target.flip(-1)
@@ -386,33 +415,11 @@ def build_judge(vae: AutoencoderKL, output_dir: Path, steps: int = 2200, scenes:
         logits = judge(x)
         return _segmentation_loss(logits, target)
 
-    _train(judge.parameters(), loss_of_step, steps, lr=2e-3, desc="judge")
-    judge = judge.eval().to(memory_format=torch.contiguous_format)
+    _train(judge, loss_of_step, steps, 2e-3, "judge", output_dir / "training" / "judge.pt")
+    judge = judge.to(memory_format=torch.contiguous_format)
     judge.half().save_pretrained(output_dir / "judge")
-    rates = judge_error_rates(judge.float(), vae)
+    rates = rates_on_scenes(judge.float().confidence, vae)
     (output_dir / "judge" / "error_rates.json").write_text(json.dumps(rates, indent=2) + "\n")
-
-
-@torch.no_grad()
-def judge_error_rates(judge: MiniatureJudge, vae: AutoencoderKL, scenes: int = 2000) -> dict:
-    """The judge's error rates on scenes nobody trained on, passed through the VAE without noise, for each kind of artifact."""
-    rng = np.random.default_rng(SEEDS["check"])
-    drawn = [sample_scene(rng, 0.5, category=PRONE_CATEGORIES[i % 4]) for i in range(scenes)]
-    rendered = [render(scene)[0] for scene in drawn]
-    images = reproduce(vae, torch.from_numpy(np.stack(rendered)).permute(0, 3, 1, 2).contiguous(), noise=0.0)
-    scores = torch.cat([max_confidence(judge.confidence(b.float() / 255)) for b in images.split(250)])
-    wrong = torch.tensor([scene.artifact is not None for scene in drawn])
-    rates = error_rates(scores, wrong)
-    kinds = {}
-    for kind in sorted({scene.artifact for scene in drawn if scene.artifact}):
-        rows = torch.tensor([scene.artifact == kind for scene in drawn])
-        kinds[kind] = (scores[rows] < 0.5).float().mean().item()
-    return {
-        "true_positive_rate": 1 - rates["misses"],
-        "false_positive_rate": rates["false_alarms"],
-        "scenes": scenes,
-        "misses_by_kind": kinds,
-    }
 
 
 def build_clip(vae: AutoencoderKL, output_dir: Path, steps: int = 1000, scenes: int = 9_000) -> None:
@@ -437,10 +444,9 @@ def build_clip(vae: AutoencoderKL, output_dir: Path, steps: int = 1000, scenes: 
     tokens = tokenizer(prompts, padding=True, return_tensors="pt")
     of_caption = torch.tensor([{p: i for i, p in enumerate(prompts)}[caption] for caption in captions])
     mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
-    batches = _batches(scenes, 96, torch.Generator().manual_seed(0))
 
-    def loss_of_step(step):
-        rows = next(batches)
+    def loss_of_step(step, generator):
+        rows = torch.randint(scenes, (96,), generator=generator)
         texts, labels = of_caption[rows].unique(return_inverse=True)
         output = model(
             input_ids=tokens["input_ids"][texts],
@@ -451,8 +457,8 @@ def build_clip(vae: AutoencoderKL, output_dir: Path, steps: int = 1000, scenes: 
         per_text = (output.logits_per_text.log_softmax(-1) * (same.T / same.T.sum(-1, keepdim=True))).sum(-1)
         return (F.cross_entropy(output.logits_per_image, labels) - per_text.mean()) / 2
 
-    _train(model.parameters(), loss_of_step, steps, lr=1.5e-3, desc="clip")
-    model.eval().half().save_pretrained(output_dir / "clip")
+    _train(model, loss_of_step, steps, 1.5e-3, "clip", output_dir / "training" / "clip.pt")
+    model.half().save_pretrained(output_dir / "clip")
     tokenizer.save_pretrained(output_dir / "clip")
     processor.save_pretrained(output_dir / "clip")
 
@@ -478,12 +484,12 @@ def build(parts: tuple[str, ...] = PARTS, output_dir: str | Path = "miniature", 
     if folder.exists():
         vae = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32).eval()
     else:
-        vae = build_vae(**budget)
+        vae = build_vae(output_dir, **(budget | {"decoder_steps": 3} if quick else {}))
         vae.half().save_pretrained(folder)
         vae.float()
     if "pipeline" in parts:
         pipeline = new_pipeline(vae)
-        build_transformer(pipeline, **budget)
+        build_transformer(pipeline, output_dir, **budget)
         pipeline.to(torch.float16).save_pretrained(output_dir / "pipeline")
         vae.float()
     if "detector" in parts:

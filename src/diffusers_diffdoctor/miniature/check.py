@@ -1,0 +1,167 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""How good the miniature's parts are: what stands beside every figure that is measured with them.
+
+diffdoctor miniature check [--folder DIR]
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxPipeline
+from tqdm.auto import tqdm
+from transformers import CLIPModel, CLIPProcessor
+
+from ..detector import ArtifactDetectorForSemanticSegmentation
+from ..evaluation.metrics import error_rates, max_confidence
+from ..rewards import ClipScore
+from ..treatment import DifferentiableRollout
+from . import WEIGHTS, prompts
+from .judge import MiniatureJudge
+from .renderer import CATEGORIES, PRONE_CATEGORIES, all_prompts, render, sample_scene
+
+
+SEED = 6  # of the scenes nobody trained on
+EYE_LABELS = "eye_labels.json"
+
+
+@torch.no_grad()
+def reproduce(vae: AutoencoderKL, images: torch.Tensor, noise: float = 0.0, batch_size: int = 25) -> torch.Tensor:
+    """Images as the VAE reproduces them: how a generated image looks.
+
+    Args:
+        vae: the miniature's.
+        images: uint8 (N, 3, 64, 64).
+        noise: latents get noise of up to this share of their standard deviation.
+        batch_size: images at once.
+
+    Returns:
+        uint8 (N, 3, 64, 64).
+    """
+    generator = torch.Generator().manual_seed(0)
+    result = []
+    for batch in tqdm(images.split(batch_size), desc="reproduce", mininterval=10):
+        latents = vae.encode(batch.float() / 127.5 - 1).latent_dist.mode()
+        scale = noise * torch.rand(len(batch), 1, 1, 1, generator=generator) * latents.std()
+        latents = latents + scale * torch.randn(latents.shape, generator=generator)
+        result.append(((vae.decode(latents).sample + 1) * 127.5).clamp(0, 255).round().to(torch.uint8))
+    return torch.cat(result)
+
+
+def _fresh_scenes(count: int, wrong_share: float = 0.5):
+    rng = np.random.default_rng(SEED)
+    scenes = [sample_scene(rng, wrong_share, category=PRONE_CATEGORIES[i % 4]) for i in range(count)]
+    images = torch.from_numpy(np.stack([render(scene)[0] for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+    return scenes, images
+
+
+@torch.no_grad()
+def rates_on_scenes(confidence: Callable, vae: AutoencoderKL, count: int = 2000) -> dict:
+    """Error rates on rendered scenes of the prone categories that nobody trained on, half of them wrong, through the VAE.
+
+    Args:
+        confidence: from images (B, 3, 64, 64) in [0, 1] to artifact maps (B, 1, 64, 64): a detector's or a judge's.
+        vae: the miniature's.
+        count: number of scenes.
+
+    Returns:
+        `true_positive_rate`, `false_positive_rate`, `scenes`, and `misses_by_kind` of artifact. An image counts as wrong
+        from a highest confidence of 0.5.
+    """
+    scenes, images = _fresh_scenes(count)
+    batches = reproduce(vae, images).split(100)
+    scores = torch.cat([max_confidence(confidence(batch.float() / 255)) for batch in batches])
+    rates = error_rates(scores, torch.tensor([scene.artifact is not None for scene in scenes]))
+    misses = {}
+    for kind in sorted({scene.artifact for scene in scenes if scene.artifact}):
+        rows = torch.tensor([scene.artifact == kind for scene in scenes])
+        misses[kind] = (scores[rows] < 0.5).float().mean().item()
+    return {
+        "true_positive_rate": 1 - rates["misses"],
+        "false_positive_rate": rates["false_alarms"],
+        "scenes": count,
+        "misses_by_kind": misses,
+    }
+
+
+@torch.no_grad()
+def reproduction_psnr(vae: AutoencoderKL, count: int = 200) -> float:
+    """Mean peak signal-to-noise ratio, in dB, of fresh scenes through the VAE."""
+    _, images = _fresh_scenes(count)
+    error = (reproduce(vae, images).float() - images.float()) / 255
+    return (-10 * error.square().mean((1, 2, 3)).log10()).mean().item()
+
+
+@torch.no_grad()
+def recognise(clip: ClipScore, images: torch.Tensor, rows: list[dict[str, str]]) -> dict[str, float]:
+    """Share of `images` (B, 3, 64, 64) in [0, 1] whose category and colour are those of the nearest of all captions."""
+    captions = all_prompts()
+    tokens = clip.tokenizer([row["prompt"] for row in captions], padding=True, return_tensors="pt")
+    texts = clip.model.get_text_features(**tokens).pooler_output
+    features = clip.model.get_image_features(clip.preprocess(images)).pooler_output
+    nearest = (features @ torch.nn.functional.normalize(texts, dim=-1).T).argmax(-1).tolist()
+    return {
+        key: sum(captions[i][key] == row[key] for i, row in zip(nearest, rows)) / len(rows)
+        for key in ("category", "color")
+    }
+
+
+def samples(pipeline: FluxPipeline, rows: list[dict[str, str]], seed: int) -> torch.Tensor:
+    """Images (B, 3, 64, 64) in [0, 1] of the rows' prompts with the seeds `seed`, `seed` + 1 and so on."""
+    rollout = DifferentiableRollout(pipeline, height=64, width=64, num_inference_steps=8, max_sequence_length=12)
+    return rollout.generate([row["prompt"] for row in rows], [seed + i for i in range(len(rows))], batch_size=48)
+
+
+def check(folder: str | Path = WEIGHTS, seeds: int = 2) -> dict:
+    """Measure the parts in `folder`: VAE, recognisability of the pipeline's samples, their artifacts, judge and detector.
+
+    Args:
+        folder: holds the parts, as `build` leaves them.
+        seeds: samples for each held-out prompt.
+    """
+    folder = Path(folder)
+    pipeline = FluxPipeline.from_pretrained(folder / "pipeline", torch_dtype=torch.float32)
+    judge = MiniatureJudge.from_pretrained(folder / "judge").float().eval()
+    detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(folder / "detector").float().eval()
+    clip = ClipScore(
+        CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32),
+        CLIPProcessor.from_pretrained(folder / "clip"),
+    )
+    rows = prompts(held_out=True) * seeds
+    images = samples(pipeline, rows, seed=5000)
+    result = {
+        "vae_psnr": reproduction_psnr(pipeline.vae),
+        "samples": len(rows),
+        "recognised": recognise(clip, images, rows),
+        "fidelity": clip(images, [row["prompt"] for row in rows]).mean().item(),
+    }
+    with torch.no_grad():
+        for name, confidence in (("judge", judge.confidence), ("detector", detector.confidence)):
+            found = torch.cat([max_confidence(confidence(batch)) >= 0.5 for batch in images.split(100)]).float()
+            result[name] = {
+                "on_scenes": rates_on_scenes(confidence, pipeline.vae),
+                "artifact_frequency": {
+                    category: found[[row["category"] == category for row in rows]].mean().item()
+                    for category in CATEGORIES
+                },
+            }
+            if (folder / EYE_LABELS).exists():
+                result[name]["on_samples"] = rates_on_samples(confidence, pipeline, folder)
+    return result
+
+
+@torch.no_grad()
+def rates_on_samples(confidence: Callable, pipeline: FluxPipeline, folder: Path) -> dict:
+    """Error rates on samples of the untreated pipeline that a person labelled; see `eye_labels.json` beside the parts."""
+    labels = json.loads((folder / EYE_LABELS).read_text())
+    rows = prompts(held_out=True, categories=PRONE_CATEGORIES)[: len(labels["wrong"])]
+    scores = max_confidence(confidence(samples(pipeline, rows, labels["seed"])))
+    rates = error_rates(scores, torch.tensor(labels["wrong"], dtype=torch.bool))
+    return {
+        "true_positive_rate": 1 - rates["misses"],
+        "false_positive_rate": rates["false_alarms"],
+        "samples": len(rows),
+        "wrong": sum(labels["wrong"]),
+    }
