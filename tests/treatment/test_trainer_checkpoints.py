@@ -73,6 +73,17 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, stop):
     assert not torch.equal(whole.average.average[0], whole.trained_parameters[0])
 
 
+def test_resuming_a_finished_run_trains_no_further(tmp_path):
+    finished = tiny_trainer(tmp_path / "run", **RUN | {"max_steps": 3})  # in the middle of an epoch
+    finished.train()
+    again = tiny_trainer(tmp_path / "run", **RUN | {"max_steps": 3})
+    output = again.train(resume_from_checkpoint=True)
+    assert output.global_step == again.state.global_step == 3
+    assert_same(lora_of(finished), lora_of(again))
+    assert_same(dict(enumerate(finished.average.average)), dict(enumerate(again.average.average)))
+    assert training_lines(tmp_path / "run")[-1]["step"] == 3
+
+
 KILLED = """
 import os
 from fixtures.trainer import tiny_trainer

@@ -21,8 +21,8 @@ from accelerate.utils import DistributedType, broadcast_object_list, gather_obje
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from transformers import Trainer, TrainerCallback, is_datasets_available, set_seed
-from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints, speed_metrics
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from transformers.utils import logging
 
 from ..rewards import RewardOutput
@@ -470,6 +470,14 @@ class PixelRewardTrainer(Trainer):
         if resume_from_checkpoint:
             check_same_base(resume_from_checkpoint, self.base)
             self._keep_log_until(resume_from_checkpoint)
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE_FILE)))
+            if (
+                0 < self.args.max_steps <= state.global_step
+            ):  # the parent would take one more step in an epoch half done
+                logger.warning(f"Nothing to train: {resume_from_checkpoint} has all of {self.args.max_steps} steps.")
+                self._load_from_checkpoint(resume_from_checkpoint)
+                self.state = state
+                return TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _keep_log_until(self, checkpoint: str) -> None:
