@@ -37,7 +37,7 @@ def model():
 
 def arguments(path, **kwargs):
     defaults = {"report_to": "none", "use_cpu": True, "per_device_train_batch_size": 4, "disable_tqdm": True}
-    return ArtifactDetectorTrainingArguments(output_dir=str(path), save_strategy="no", **defaults | kwargs)
+    return ArtifactDetectorTrainingArguments(output_dir=str(path), **{"save_strategy": "no"} | defaults | kwargs)
 
 
 def red_squares(count, seed=0, side=64):
@@ -76,6 +76,53 @@ def test_training_finds_the_artifact(model, tmp_path):
     found = pipeline("artifact-detection", model=str(tmp_path))(next(red_squares(1, seed=2))["image"])
     assert found["max_confidence"] > 0.5
     assert (tmp_path / "README.md").exists() and (tmp_path / "preprocessor_config.json").exists()
+
+
+def new_model():
+    torch.manual_seed(0)
+    return ArtifactDetectorForSemanticSegmentation(ArtifactDetectorConfig(**CONFIG))
+
+
+@pytest.mark.parametrize(("step", "flip"), [(3, 0.0), (4, 0.5)], ids=["in-an-epoch", "at-its-end-with-flips"])
+def test_a_resumed_training_equals_one_that_was_never_stopped(tmp_path, step, flip):
+    settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": step, "learning_rate": 1e-3}
+    settings["flip_probability"] = flip
+    whole, resumed = (
+        ArtifactDetectorTrainer(
+            new_model(), arguments(tmp_path / "run", **settings), train_dataset=as_dataset(red_squares(16))
+        )
+        for _ in range(2)
+    )
+    whole.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{step}"))
+    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert not torch.equal(next(whole.model.parameters()), next(new_model().parameters()))
+
+
+def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
+    trainer = ArtifactDetectorTrainer(
+        new_model(),
+        arguments(
+            tmp_path,
+            max_steps=4,
+            learning_rate=1e-3,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_mse",
+            greater_is_better=True,  # the worst, that is, an early one
+        ),
+        train_dataset=as_dataset(red_squares(16)),
+        eval_dataset=as_dataset(red_squares(8, seed=1)),
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert not best.endswith("checkpoint-4")
+    expected = ArtifactDetectorForSemanticSegmentation.from_pretrained(best).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items())
 
 
 def test_evaluation_figures_match_a_plain_loop(model, tmp_path):

@@ -78,7 +78,7 @@ class ArtifactDetectorCollator:
     Args:
         config: configuration of the detector.
         flip_probability, jpeg_probability, jpeg_quality: augmentation, see [`ArtifactDetectorTrainingArguments`]. Drawn from
-            torch's generator, so that runs can be repeated and resumed.
+            torch's generator, so that runs can be repeated; resumed in the middle of an epoch, a run draws others.
     """
 
     def __init__(
@@ -276,6 +276,18 @@ class ArtifactDetectorTrainer(Trainer):
         error = (confidence - labels).square().flatten(1).mean(dim=1)
         figures = torch.stack([error, confidence.flatten(1).amax(dim=1)], dim=1)
         return outputs.loss.detach(), figures, labels.flatten(1).amax(dim=1)
+
+    # The parent puts the tensors of a checkpoint's file into the model by their names there. Files keep the names that
+    # SegFormer had before transformers 5, so it would find none and go on with random weights.
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, folder: str) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
 
     def create_model_card(self, *args, **kwargs):
         """The detector's card says what it is and how to call it; one that is there is kept."""
