@@ -104,7 +104,8 @@ def read_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset]:
 
 
 def read_detector(name: str) -> ArtifactDetectorForSemanticSegmentation:
-    return ArtifactDetectorForSemanticSegmentation.from_pretrained(name)
+    # float32 also if it was saved in half: its gradients would underflow, and a CPU is slow in half precision
+    return ArtifactDetectorForSemanticSegmentation.from_pretrained(name, dtype=torch.float32)
 
 
 # --- what a run needs -------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def load_detector(name: str, device: str | None = None):
             f"`--detector {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. "
             "Train one, or convert the authors' release with `diffdoctor convert-detector`."
         )
-    return ArtifactDetectorForSemanticSegmentation.from_pretrained(location).to(device).eval()
+    return ArtifactDetectorForSemanticSegmentation.from_pretrained(location, dtype=torch.float32).to(device).eval()
 
 
 def _print(result: dict) -> None:

@@ -218,7 +218,7 @@ class ArtifactDetectorTrainer(Trainer):
         if not isinstance(args, ArtifactDetectorTrainingArguments):
             raise TypeError(f"`args` must be ArtifactDetectorTrainingArguments, found {type(args).__name__}.")
         if isinstance(model, (str, os.PathLike)):
-            model = ArtifactDetectorForSemanticSegmentation.from_pretrained(model)
+            model = ArtifactDetectorForSemanticSegmentation.from_pretrained(model, dtype=torch.float32)
         if not isinstance(model, ArtifactDetectorForSemanticSegmentation):
             raise TypeError(f"`model` must be an artifact detector, or the id or folder of one, found {model!r:.100}.")
         _check_dataset("train_dataset", train_dataset)
