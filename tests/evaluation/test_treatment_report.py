@@ -112,12 +112,29 @@ def test_fidelity_is_paired(made):
 
 
 def test_diversity_is_within_prompts(made):
-    def cosine(x, y):
-        return 1 - (x * y + 0.04) / (math.hypot(x, 0.2) * math.hypot(y, 0.2))
-
     for side, reds in (("before", BEFORE), ("after", AFTER)):
-        wanted = sum(cosine(reds[i], reds[i + 1]) for i in (0, 2, 4)) / 3
+        wanted = sum(abs(reds[i] - reds[i + 1]) for i in (0, 2, 4)) / 3  # the second feature is the same everywhere
         assert made[0]["diversity"][side] == pytest.approx(wanted, rel=1e-4)
+    assert made[0]["diversity_by"] == {}
+
+
+def test_the_first_of_several_diversities_counts(tmp_path):
+    report = treatment_report(
+        images([0.9, 0.1]),
+        images([0.5, 0.3]),
+        ["a hand", "a hand"],
+        tmp_path,
+        judges={"judge": BrightnessJudge(1.0)},
+        features={"colour": features, "nothing": lambda x: torch.zeros(len(x), 2)},
+        show_progress=False,
+    )
+    assert report["diversity"] == report["diversity_by"]["colour"]
+    assert report["diversity"]["before"] == pytest.approx(0.8) and report["diversity"]["after"] == pytest.approx(0.2)
+    assert report["diversity_by"]["nothing"] == {"before": 0, "after": 0}
+    out = io.StringIO()
+    print_summary(report, file=out)
+    assert "diversity, colour" in out.getvalue() and "diversity, nothing" in out.getvalue()
+    assert "diversity, nothing" in (tmp_path / "report.html").read_text()
 
 
 def test_change_is_around_what_the_first_judge_saw(made):

@@ -37,7 +37,7 @@ def treatment_report(
     categories: Sequence[str] | None = None,
     fidelity: Callable[[torch.Tensor, Sequence[str]], torch.Tensor] | None = None,
     fidelity_name: str = "prompt fidelity",
-    features: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    features: Callable[[torch.Tensor], torch.Tensor] | Mapping[str, Callable] | None = None,
     diversity_groups: Sequence | None = None,
     diversity_images: tuple[torch.Tensor, torch.Tensor] | None = None,
     other_categories: Mapping[str, Mapping] | None = None,
@@ -67,7 +67,9 @@ def treatment_report(
         categories: N names; then the artifact frequency is also reported for each category.
         fidelity: callable(images, prompts) -> (N,) scores, higher is better, for example `ClipScore`.
         fidelity_name: what `fidelity` measures, for people.
-        features: callable(images) -> (N, F) embeddings, for the diversity. Without it the diversity is not measured.
+        features: callable(images) -> (N, F), for the diversity: the Euclidean distance between images of one group. Or
+            name -> callable, of which the first is the one that counts. Normalize embeddings whose length means nothing.
+            Without it the diversity is not measured.
         diversity_groups: N labels (or one per image of `diversity_images`); distances are taken within a group. By
             default the prompts.
         diversity_images: images (before, after) made for the diversity, when those above have one seed per prompt.
@@ -92,12 +94,14 @@ def treatment_report(
         - `max_confidence[judge]`, `area_ratio[judge]`: means `before`, `after`
         - `fidelity`: `before`, `after`, and `difference_interval`, 95 % for the mean difference over the pairs
         - `diversity`, `sharpness`: `before`, `after`
+        - `diversity_by[name]`: `before`, `after` for each of the `features`, if they have names
         - `change`: `inside`, `outside` the region that the first judge diagnosed
         - `categories[name][judge]`: as `artifact_frequency`
         - `counts`, `thresholds`, `judge_error_rates`, `lora_dir`, `base_model`, `details`, `training_log`
         - `images`: one row per image with prompt, seed, category and maximum confidences
     """
     _check(before, after, prompts, judges, seeds, categories, features, diversity_groups, diversity_images, batch_size)
+    named_features = features if isinstance(features, Mapping) else {"": features} if features is not None else {}
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     prompts, count, main = list(prompts), len(before), next(iter(judges))
@@ -107,8 +111,9 @@ def treatment_report(
         diversity_groups = prompts
 
     steps = 2 * math.ceil(count / batch_size) * (len(judges) + (fidelity is not None))
-    steps += 2 * math.ceil(len(diversity_sides["before"]) / batch_size) * (features is not None)
-    worst, area, shown_maps, scores, diversity = {}, {}, {}, {}, {}
+    steps += 2 * math.ceil(len(diversity_sides["before"]) / batch_size) * len(named_features)
+    worst, area, shown_maps, scores = {}, {}, {}, {}
+    diversity = {name: {} for name in named_features}
     with tqdm(total=steps, desc="judging", unit="batch", disable=None if show_progress else True) as progress:
         for side, images in sides.items():
             for name, judge in judges.items():
@@ -119,16 +124,17 @@ def treatment_report(
                     shown_maps[side] = maps
             if fidelity is not None:
                 scores[side] = _in_batches(fidelity, images, batch_size, progress, prompts)
-            if features is not None:
-                rows = _in_batches(features, diversity_sides[side], batch_size, progress)
-                diversity[side] = metrics.pairwise_diversity(rows, diversity_groups)
+            for name, function in named_features.items():
+                rows = _in_batches(function, diversity_sides[side], batch_size, progress)
+                diversity[name][side] = metrics.pairwise_diversity(rows, diversity_groups, distance="euclidean")
 
     report = {
         "artifact_frequency": {n: _frequency(worst[n, "before"], worst[n, "after"], threshold) for n in judges},
         "max_confidence": {n: {s: worst[n, s].mean().item() for s in sides} for n in judges},
         "area_ratio": {n: {s: area[n, s].mean().item() for s in sides} for n in judges},
         "fidelity": _paired(scores) | {"name": fidelity_name},
-        "diversity": {side: diversity.get(side) for side in sides},
+        "diversity": next(iter(diversity.values()), dict.fromkeys(sides)),
+        "diversity_by": {name: values for name, values in diversity.items() if name},
         "sharpness": {side: metrics.sharpness(images).mean().item() for side, images in sides.items()},
         "change": metrics.pixel_change(before, after, shown_maps["before"], change_threshold) | {"region_of": main},
         "categories": {},
@@ -229,9 +235,11 @@ def _rows(report: Mapping) -> list[tuple[str, str, str, str]]:
         low, high = fidelity["difference_interval"] or (math.nan, math.nan)
         note = f"change {low:+.2f} to {high:+.2f} (95 %)" if fidelity["difference_interval"] else ""
         rows.append((fidelity["name"], f"{fidelity['before']:.2f}", f"{fidelity['after']:.2f}", note))
-    for key in ("diversity", "sharpness"):
-        if report[key]["before"] is not None:
-            rows.append((key, f"{report[key]['before']:.4f}", f"{report[key]['after']:.4f}", ""))
+    diversity = {f"diversity, {name}": x for name, x in report["diversity_by"].items()}
+    diversity = diversity or {"diversity": report["diversity"]}
+    for key, x in (diversity | {"sharpness": report["sharpness"]}).items():
+        if x["before"] is not None:
+            rows.append((key, f"{x['before']:.4f}", f"{x['after']:.4f}", ""))
     change = report["change"]
     note = f"mean change of the pixels inside the region of the {change['region_of']}, and outside"
     inside, outside = (f"{x:.4f}" if x is not None else "-" for x in (change["inside"], change["outside"]))
