@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from transformers import CLIPModel, CLIPProcessor
 
 from ..detector import ArtifactDetectorForSemanticSegmentation
-from ..evaluation.metrics import error_rates, max_confidence
+from ..evaluation.metrics import error_rates, max_confidence, pairwise_diversity
 from ..rewards import ClipScore
 from ..treatment import DifferentiableRollout
 from . import WEIGHTS, prompts
 from .judge import MiniatureJudge
-from .renderer import CATEGORIES, PRONE_CATEGORIES, all_prompts, render, sample_scene
+from .renderer import CATEGORIES, PRONE_CATEGORIES, WRONG_SHARE, all_prompts, render, sample_scene
 
 
 SEED = 6  # of the scenes nobody trained on
@@ -100,12 +100,46 @@ def recognise(clip: ClipScore, images: torch.Tensor, rows: list[dict[str, str]])
     captions = all_prompts()
     tokens = clip.tokenizer([row["prompt"] for row in captions], padding=True, return_tensors="pt")
     texts = clip.model.get_text_features(**tokens).pooler_output
-    features = clip.model.get_image_features(clip.preprocess(images)).pooler_output
-    nearest = (features @ torch.nn.functional.normalize(texts, dim=-1).T).argmax(-1).tolist()
+    nearest = (clip_features(clip, images) @ torch.nn.functional.normalize(texts, dim=-1).T).argmax(-1).tolist()
     return {
         key: sum(captions[i][key] == row[key] for i, row in zip(nearest, rows)) / len(rows)
         for key in ("category", "color")
     }
+
+
+def pixel_features(images: torch.Tensor) -> torch.Tensor:
+    """Images (B, 3, H, W) as rows whose distance is the root mean square of the difference."""
+    return images.flatten(1) / images[0].numel() ** 0.5
+
+
+@torch.no_grad()
+def clip_features(clip: ClipScore, images: torch.Tensor) -> torch.Tensor:
+    """Normalized image embeddings (B, F)."""
+    return torch.nn.functional.normalize(clip.model.get_image_features(clip.preprocess(images)).pooler_output, dim=-1)
+
+
+def scene_diversity(clip: ClipScore, seeds: int = 8) -> dict:
+    """Diversity of rendered scenes of the prone held-out prompts: all `right`, and `wrong` as often as the pipeline saw them.
+
+    Mistakes make scenes differ, so a treatment that did nothing but remove them would lower the diversity by as much.
+    """
+    result = {}
+    for name, wrong_share in (("wrong", WRONG_SHARE), ("right", 0.0)):
+        rng = np.random.default_rng(SEED)
+        rows = [row for row in prompts(held_out=True, categories=PRONE_CATEGORIES) for _ in range(seeds)]
+        drawn = [
+            render(
+                sample_scene(
+                    rng, wrong_share, **{key: row[key] for key in ("category", "color", "background", "style")}
+                )
+            )
+            for row in rows
+        ]
+        images = torch.from_numpy(np.stack([image for image, _ in drawn])).permute(0, 3, 1, 2).float() / 255
+        groups = [row["prompt"] for row in rows]
+        for feature, values in (("pixels", pixel_features(images)), ("CLIP", clip_features(clip, images))):
+            result.setdefault(feature, {})[name] = pairwise_diversity(values, groups, distance="euclidean")
+    return result
 
 
 def samples(pipeline: FluxPipeline, rows: list[dict[str, str]], seed: int) -> torch.Tensor:
@@ -114,12 +148,13 @@ def samples(pipeline: FluxPipeline, rows: list[dict[str, str]], seed: int) -> to
     return rollout.generate([row["prompt"] for row in rows], [seed + i for i in range(len(rows))], batch_size=48)
 
 
-def check(folder: str | Path = WEIGHTS, seeds: int = 2) -> dict:
+def check(folder: str | Path = WEIGHTS, seeds: int = 2, scenes: int = 2000) -> dict:
     """Measure the parts in `folder`: VAE, recognisability of the pipeline's samples, their artifacts, judge and detector.
 
     Args:
         folder: holds the parts, as `build` leaves them.
         seeds: samples for each held-out prompt.
+        scenes: fresh scenes for the error rates.
     """
     folder = Path(folder)
     pipeline = FluxPipeline.from_pretrained(folder / "pipeline", torch_dtype=torch.float32)
@@ -136,12 +171,13 @@ def check(folder: str | Path = WEIGHTS, seeds: int = 2) -> dict:
         "samples": len(rows),
         "recognised": recognise(clip, images, rows),
         "fidelity": clip(images, [row["prompt"] for row in rows]).mean().item(),
+        "diversity_of_scenes": scene_diversity(clip),
     }
     with torch.no_grad():
         for name, confidence in (("judge", judge.confidence), ("detector", detector.confidence)):
             found = torch.cat([max_confidence(confidence(batch)) >= 0.5 for batch in images.split(100)]).float()
             result[name] = {
-                "on_scenes": rates_on_scenes(confidence, pipeline.vae),
+                "on_scenes": rates_on_scenes(confidence, pipeline.vae, scenes),
                 "artifact_frequency": {
                     category: found[[row["category"] == category for row in rows]].mean().item()
                     for category in CATEGORIES

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Muon for the miniature's small transformers: half the steps AdamW needs, and in float32, because CPUs are slow in bfloat16."""
+"""Muon for the small transformers of the miniature, in float32: PyTorch's own runs in bfloat16, which is slow on CPUs."""
 
 import torch
 from torch import nn

@@ -44,6 +44,8 @@ ARTIFACT_KINDS = ("extra", "missing", "misplaced", "fused", "warped", "watermark
 # Local mistakes of anatomy are what the world is about; warps and watermarks are seen less often.
 ARTIFACT_WEIGHTS = {"extra": 0.3, "missing": 0.25, "misplaced": 0.15, "fused": 0.14, "warped": 0.08, "watermark": 0.08}
 
+WRONG_SHARE = 0.82  # of the scenes of prone categories that the pipeline learned to draw
+
 INK = (28, 24, 30)
 EYE_WHITE = (245, 245, 240)
 MOUTH = (110, 30, 40)
