@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from diffusers_diffdoctor.treatment.losses import offline_loss
+from diffusers_diffdoctor.treatment.losses import offline_loss, preservation_loss
 
 
 def test_it_is_the_mean_squared_error_of_each_sample():
@@ -28,3 +28,25 @@ def test_its_gradient_reaches_the_prediction():
 def test_other_shapes_are_refused():
     with pytest.raises(ValueError, match=r"\(2, 3\) and `target` \(2, 4\)"):
         offline_loss(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+def test_preservation_counts_what_was_sound_before():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(2, 3, 32, 32, generator=generator, requires_grad=True)
+    untreated = torch.rand(2, 3, 32, 32, generator=generator)
+    maps = torch.zeros(2, 1, 32, 32)
+    maps[0, 0, 10, 20] = 0.3
+    maps[1] = 1.0  # nothing sound: nothing to preserve
+    loss = preservation_loss(images, untreated, maps)
+    total, pixels = 0.0, 0
+    for y in range(32):
+        for x in range(32):
+            if abs(y - 10) > 2 or abs(x - 20) > 2:  # 32 / 16 pixels of room around the diagnosis
+                total += (images[0, :, y, x] - untreated[0, :, y, x]).square().mean().item()
+                pixels += 1
+    assert loss.tolist() == pytest.approx([total / pixels, 0.0])
+    loss.sum().backward()
+    changed = images.grad.abs().sum(1) > 0
+    assert not changed[0, 8:13, 18:23].any() and not changed[1].any() and changed[0].sum() == pixels
+    everything = preservation_loss(images.detach(), untreated)
+    torch.testing.assert_close(everything, (images.detach() - untreated).square().mean((1, 2, 3)))

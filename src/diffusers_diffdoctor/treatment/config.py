@@ -47,7 +47,8 @@ class PixelRewardConfig(TrainingArguments):
             `"float32"`, `"bfloat16"` or `"float16"`: the type in which a pipeline given by name is loaded. Follows the mixed
             precision by default. The trained LoRA weights are float32 in any case.
 
-        > Parameters that control the loss, `pixel_weight * sum(w_k * reward_k) + offline_weight * offline`
+        > Parameters that control the loss, `pixel_weight * sum(w_k * reward_k) + offline_weight * offline +
+        > preservation_weight * preservation`
 
         pixel_selection (`str`, *optional*, defaults to `"threshold"`):
             Which pixels of the artifact map are penalised: those above the threshold, all (`"mean"`) or the highest
@@ -60,6 +61,9 @@ class PixelRewardConfig(TrainingArguments):
             One weight for each reward function; 1 each without it.
         offline_weight (`float`, *optional*, defaults to `0.25`):
             Weight of the pipeline's own training loss on the regularization dataset, at least 0 (paper).
+        preservation_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the mean squared difference from the untreated image of the same seed, outside of what was diagnosed in
+            it, at least 0 (ours). Above 0, every step also generates without the adapter.
         offline_batch_size (`int`, *optional*):
             Regularization images per device and step; `per_device_train_batch_size` without it.
         offline_sigmas (`str`, *optional*, defaults to `"logit_normal"`):
@@ -144,6 +148,10 @@ class PixelRewardConfig(TrainingArguments):
     )
     offline_weight: float = field(
         default=0.25, metadata={"help": "Weight of the training loss on the regularization dataset (paper: 0.25)."}
+    )
+    preservation_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the difference from the untreated image outside of what was diagnosed (ours)."},
     )
     offline_batch_size: int | None = field(
         default=None,
@@ -252,7 +260,7 @@ class PixelRewardConfig(TrainingArguments):
         for name in ("height", "width", "resolution", "max_sequence_length", "lora_alpha", "offline_batch_size"):
             value = getattr(self, name)
             _require(self, name, value is None or value >= 1, "at least 1, or left out")
-        for name in ("pixel_weight", "offline_weight"):
+        for name in ("pixel_weight", "offline_weight", "preservation_weight"):
             _require(
                 self, name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "finite and at least 0"
             )

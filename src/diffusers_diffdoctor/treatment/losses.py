@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""The loss that keeps a treated model close to real images. The pixel loss is a reward: see `rewards`."""
+"""The losses that keep a treated model close to real images and to itself. The pixel loss is a reward: see `rewards`."""
 
 import torch
+
+from ..evaluation.metrics import dilate
 
 
 def offline_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -23,3 +25,29 @@ def offline_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor
         )
     dtype = torch.promote_types(torch.promote_types(prediction.dtype, target.dtype), torch.float32)
     return (prediction.to(dtype) - target.to(dtype)).square().flatten(1).mean(1)
+
+
+def preservation_loss(
+    images: torch.Tensor, untreated: torch.Tensor, maps: torch.Tensor | None = None, threshold: float = 0.1
+) -> torch.Tensor:
+    """Mean squared difference of each image from its untreated twin, where nothing was diagnosed in the twin. Ours.
+
+    A treatment that only lowers the artifact confidence may do so by drawing the same pose for every seed. This asks it to
+    leave alone what was well.
+
+    Args:
+        images: (B, 3, H, W) in [0, 1], with gradient.
+        untreated: (B, 3, H, W) in [0, 1], of the same prompts and seeds without the adapter.
+        maps: (B, 1, H, W) in [0, 1], the artifact maps of `untreated`; without them every pixel counts.
+        threshold: a pixel is diagnosed above this confidence. The region is grown by 1/16 of the shorter side, so that a mended
+            part has room.
+
+    Returns:
+        Tensor (B,), float32 or wider; 0 for an image without a pixel outside the region.
+    """
+    difference = (images - untreated.detach()).square().mean(dim=1, keepdim=True)
+    if maps is None:
+        return difference.flatten(1).mean(1)
+    radius = max(1, min(maps.shape[-2:]) // 16)
+    sound = (dilate(maps.detach(), radius) <= threshold).to(difference.dtype)
+    return (difference * sound).flatten(1).sum(1) / sound.flatten(1).sum(1).clamp(min=1)
