@@ -21,6 +21,7 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -123,7 +124,7 @@ class Inputs:
     judge: torch.nn.Module | None = None
     judge_error_rates: dict | None = None
     fidelity: Callable | None = None  # (images, prompts) -> scores (B,)
-    features: Callable | None = None  # images -> (B, F), for diversity
+    features: dict[str, Callable] | None = None  # images -> (B, F), for diversity
     plain_prompts: Dataset | None = None  # prompts that never show artifacts and should stay as they are
 
 
@@ -156,6 +157,7 @@ def read_miniature() -> Inputs:
     """The bundled parts: the same run in a world of 64x64 pixels whose mistakes are known."""
     from transformers import CLIPModel, CLIPProcessor
 
+    from diffusers_diffdoctor.miniature.check import clip_features, pixel_features
     from diffusers_diffdoctor.miniature.judge import MiniatureJudge
     from diffusers_diffdoctor.miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES
     from diffusers_diffdoctor.rewards import ClipScore
@@ -164,16 +166,18 @@ def read_miniature() -> Inputs:
         CLIPModel.from_pretrained(miniature.load("clip"), dtype=torch.float32),
         CLIPProcessor.from_pretrained(miniature.load("clip")),
     )
+
     return Inputs(
         pipeline=str(miniature.load("pipeline")),
         detector=read_detector(str(miniature.load("detector"))),
-        prompts=Dataset.from_list(miniature.prompts(held_out=False)),
+        # what shows artifacts is treated; the regularization images show all categories
+        prompts=Dataset.from_list(miniature.prompts(held_out=False, categories=PRONE_CATEGORIES)),
         eval_prompts=Dataset.from_list(miniature.prompts(held_out=True, categories=PRONE_CATEGORIES)),
         regularization=miniature.regularization_dataset(),
         judge=MiniatureJudge.from_pretrained(miniature.load("judge")).float().eval(),
         judge_error_rates=json.loads((miniature.load("judge") / "error_rates.json").read_text()),
         fidelity=clip,
-        features=lambda images: clip.model.get_image_features(clip.preprocess(images)).pooler_output,
+        features={"pixels": pixel_features, "CLIP": partial(clip_features, clip)},
         plain_prompts=Dataset.from_list(miniature.prompts(held_out=True, categories=PLAIN_CATEGORIES)),
     )
 

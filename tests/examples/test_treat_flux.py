@@ -15,8 +15,6 @@ from fixtures.pipelines import tiny_flux
 from fixtures.trainer import photos, tiny_detector
 
 from diffusers_diffdoctor import miniature
-from diffusers_diffdoctor.miniature import build
-from diffusers_diffdoctor.miniature.judge import MiniatureJudge
 from diffusers_diffdoctor.miniature.renderer import CATEGORIES, PRONE_CATEGORIES
 
 
@@ -90,17 +88,6 @@ def test_the_miniature_brings_its_own_recipe(example):
 
 
 def test_the_miniature_from_its_parts_to_the_report(example, tmp_path, monkeypatch, capsys):
-    """Untrained parts in the form in which `build` writes them; what treatment does to them is nothing to look at."""
-    parts = tmp_path / "parts"
-    vae = build.build_vae(steps=1, scenes=16)
-    build.new_pipeline(vae).save_pretrained(parts / "pipeline")
-    tiny_detector(0).save_pretrained(parts / "detector")
-    judge = MiniatureJudge()
-    judge.save_pretrained(parts / "judge")
-    rates = build.judge_error_rates(judge, vae, scenes=16)
-    (parts / "judge/error_rates.json").write_text(json.dumps(rates))
-    build.build_clip(vae, parts, steps=1, scenes=96)
-    monkeypatch.setattr(miniature, "WEIGHTS", parts)
     monkeypatch.setattr(miniature, "regularization_dataset", partial(miniature.regularization_dataset, 8))
     argv = ["--pipeline", "miniature", "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--use_cpu"]
     argv += ["--per_device_train_batch_size", "2", "--num_inference_steps", "2", "--report_images", "80"]
@@ -118,7 +105,7 @@ def test_the_miniature_from_its_parts_to_the_report(example, tmp_path, monkeypat
     for figure in ("fidelity", "diversity"):
         assert report[figure]["before"] > 0 and report[figure]["after"] > 0
     assert set(report["change"]) >= {"inside", "outside"}
-    assert report["judge_error_rates"] == json.loads(json.dumps(rates))
+    assert report["judge_error_rates"] == json.loads((miniature.load("judge") / "error_rates.json").read_text())
     printed = capsys.readouterr().out
     assert "The judge's own errors: true positive rate" in printed and "load_lora_weights" in printed
     assert (tmp_path / "out/report.png").exists() and (tmp_path / "out/curves.png").exists()

@@ -395,6 +395,16 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 5000, scen
     )
     shutil.rmtree(args.output_dir, ignore_errors=True)
     model.eval().half().save_pretrained(output_dir / "detector")
+    _forget_code(output_dir / "detector")
+
+
+def _forget_code(folder: Path) -> None:
+    """A detector for the Hub carries a copy of its code; one that lies inside the package would only keep an old one."""
+    for path in folder.glob("*.py"):
+        path.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("auto_map")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def build_judge(vae: AutoencoderKL, output_dir: Path, steps: int = 4000, scenes: int = 24_000) -> None:
@@ -489,6 +499,10 @@ def build(parts: tuple[str, ...] = PARTS, output_dir: str | Path = "miniature", 
         pipeline = new_pipeline(vae)
         build_transformer(pipeline, output_dir, **budget)
         pipeline.to(torch.float16).save_pretrained(output_dir / "pipeline")
+        for path in (output_dir / "pipeline").rglob("*.json"):  # paths of this machine
+            content = json.loads(path.read_text())
+            if content.pop("_name_or_path", None) is not None:
+                path.write_text(json.dumps(content, indent=2) + "\n")
         vae.float()
     if "detector" in parts:
         build_detector(vae, output_dir, **budget)

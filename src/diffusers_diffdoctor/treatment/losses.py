@@ -2,6 +2,7 @@
 """The losses that keep a treated model close to real images and to itself. The pixel loss is a reward: see `rewards`."""
 
 import torch
+import torch.nn.functional as F
 
 from ..evaluation.metrics import dilate
 
@@ -45,9 +46,9 @@ def preservation_loss(
     Returns:
         Tensor (B,), float32 or wider; 0 for an image without a pixel outside the region.
     """
-    difference = (images - untreated.detach()).square().mean(dim=1, keepdim=True)
+    size = max(1, min(images.shape[-2:]) // 16)
+    difference = F.avg_pool2d(images - untreated.detach(), size).square().mean(dim=1, keepdim=True)
     if maps is None:
         return difference.flatten(1).mean(1)
-    radius = max(1, min(maps.shape[-2:]) // 16)
-    sound = (dilate(maps.detach(), radius) <= threshold).to(difference.dtype)
+    sound = (F.max_pool2d(dilate(maps.detach(), size), size) <= threshold).to(difference.dtype)
     return (difference * sound).flatten(1).sum(1) / sound.flatten(1).sum(1).clamp(min=1)

@@ -1,0 +1,48 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""The weights that come with the package: small, and as good as a treatment needs them."""
+
+import json
+
+import pytest
+
+from diffusers_diffdoctor import miniature
+from diffusers_diffdoctor.cli.main import main
+from diffusers_diffdoctor.miniature import check
+from diffusers_diffdoctor.miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES
+
+
+def test_they_are_small():
+    files = [path for path in miniature.WEIGHTS.rglob("*") if path.is_file()]
+    assert {path.relative_to(miniature.WEIGHTS).parts[0] for path in files} >= set(miniature.PARTS)
+    assert sum(path.stat().st_size for path in files) <= 12 * 2**20
+
+
+def test_they_say_nothing_of_where_they_were_made():
+    for path in miniature.WEIGHTS.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(), path
+    assert not list(miniature.WEIGHTS.rglob("*.py"))
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return check.check(seeds=1, scenes=200)
+
+
+def test_the_pipeline_draws_what_the_prompt_says(figures):
+    assert figures["recognised"]["category"] >= 0.9 and figures["recognised"]["color"] >= 0.9
+    assert figures["vae_psnr"] > 28
+
+
+@pytest.mark.parametrize("name", ["judge", "detector"])
+def test_the_pipeline_is_ill_and_judge_and_detector_see_it(figures, name):
+    rates, frequency = figures[name]["on_scenes"], figures[name]["artifact_frequency"]
+    assert rates["true_positive_rate"] > 0.85 and rates["false_positive_rate"] < 0.2
+    assert sum(frequency[category] for category in PRONE_CATEGORIES) / len(PRONE_CATEGORIES) > 0.7
+    assert max(frequency[category] for category in PLAIN_CATEGORIES) < 0.3
+
+
+def test_check_prints_its_figures(figures, monkeypatch, capsys, tmp_path):
+    asked = []
+    monkeypatch.setattr(check, "check", lambda folder: asked.append(folder) or figures)
+    assert main(["miniature", "check", "--folder", str(tmp_path)]) == 0
+    assert json.loads(capsys.readouterr().out) == figures and asked == [str(tmp_path)]
