@@ -62,8 +62,8 @@ class PixelRewardConfig(TrainingArguments):
         offline_weight (`float`, *optional*, defaults to `0.25`):
             Weight of the pipeline's own training loss on the regularization dataset, at least 0 (paper).
         preservation_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the mean squared difference from the untreated image of the same seed, outside of what was diagnosed in
-            it, at least 0 (ours). Above 0, every step also generates without the adapter.
+            Weight of the mean squared difference from the layout of the untreated image of the same seed, outside of what was
+            diagnosed in it, at least 0 (ours). Above 0, every step also generates without the adapter.
         offline_batch_size (`int`, *optional*):
             Regularization images per device and step; `per_device_train_batch_size` without it.
         offline_sigmas (`str`, *optional*, defaults to `"logit_normal"`):

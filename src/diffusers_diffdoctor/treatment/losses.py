@@ -31,20 +31,19 @@ def offline_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor
 def preservation_loss(
     images: torch.Tensor, untreated: torch.Tensor, maps: torch.Tensor | None = None, threshold: float = 0.1
 ) -> torch.Tensor:
-    """Mean squared difference of each image from its untreated twin, where nothing was diagnosed in the twin. Ours.
+    """How far the layout of each image is from that of its untreated twin, where nothing was diagnosed in the twin. Ours.
 
     A treatment that only lowers the artifact confidence may do so by drawing the same pose for every seed. This asks it to
-    leave alone what was well.
+    leave alone what was well. Layout means averages over square cells of 1/16 of the shorter side: finer detail may change.
 
     Args:
         images: (B, 3, H, W) in [0, 1], with gradient.
         untreated: (B, 3, H, W) in [0, 1], of the same prompts and seeds without the adapter.
         maps: (B, 1, H, W) in [0, 1], the artifact maps of `untreated`; without them every pixel counts.
-        threshold: a pixel is diagnosed above this confidence. The region is grown by 1/16 of the shorter side, so that a mended
-            part has room.
+        threshold: a pixel is diagnosed above this confidence. The region is grown by one cell, so that a mended part has room.
 
     Returns:
-        Tensor (B,), float32 or wider; 0 for an image without a pixel outside the region.
+        Tensor (B,), mean squared difference, float32 or wider; 0 for an image that was diagnosed in every cell.
     """
     size = max(1, min(images.shape[-2:]) // 16)
     difference = F.avg_pool2d(images - untreated.detach(), size).square().mean(dim=1, keepdim=True)
