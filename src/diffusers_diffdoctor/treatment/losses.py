@@ -4,8 +4,6 @@
 import torch
 import torch.nn.functional as F
 
-from ..evaluation.metrics import dilate
-
 
 def offline_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample, `L_offline` of arXiv 2501.12382: the model's own training loss.
@@ -49,5 +47,6 @@ def preservation_loss(
     difference = F.avg_pool2d(images - untreated.detach(), size).square().mean(dim=1, keepdim=True)
     if maps is None:
         return difference.flatten(1).mean(1)
-    sound = (F.max_pool2d(dilate(maps.detach(), size), size) <= threshold).to(difference.dtype)
+    grown = F.max_pool2d(maps.detach(), 2 * size + 1, stride=1, padding=size)
+    sound = (F.max_pool2d(grown, size) <= threshold).to(difference.dtype)
     return (difference * sound).flatten(1).sum(1) / sound.flatten(1).sum(1).clamp(min=1)
