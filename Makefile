@@ -14,9 +14,10 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
-# Diagnose and treat the embedded miniature pipeline; ends with a report in runs/miniature.
+# Diagnose and treat the embedded miniature pipeline; ends with a report in runs/miniature. Left alone, accelerate gives a
+# process one thread.
 treat: $(STAMP)
-	$(BIN)/accelerate launch --quiet --config_file examples/accelerate/single_process.yaml \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/accelerate launch --quiet --config_file examples/accelerate/single_process.yaml \
 		examples/treat_flux.py --pipeline miniature --output_dir runs/miniature
 
 test: $(STAMP)

@@ -12,8 +12,8 @@ Eight GPUs, with a recipe, photographs to stay close to and a judge that trainin
     accelerate launch --config_file examples/accelerate/multi_gpu.yaml examples/treat_flux.py \
         --config examples/recipes/flux_schnell.yaml --regularization_dataset photos/ --judge judge/ --output_dir flux-treated
 
-No GPU, the bundled miniature, some minutes:
-    accelerate launch --config_file examples/accelerate/single_process.yaml examples/treat_flux.py \
+No GPU, the bundled miniature, some minutes (left alone, accelerate gives a process one thread):
+    OMP_NUM_THREADS=$(nproc) accelerate launch --config_file examples/accelerate/single_process.yaml examples/treat_flux.py \
         --pipeline miniature --output_dir runs/miniature
 """
 
