@@ -43,6 +43,12 @@ def test_the_pipeline_is_ill_and_judge_and_detector_see_it(figures, name):
 
 def test_check_prints_its_figures(figures, monkeypatch, capsys, tmp_path):
     asked = []
-    monkeypatch.setattr(check, "check", lambda folder: asked.append(folder) or figures)
+
+    def measured(folder):
+        print("Loading weights from local directory")  # as huggingface_hub does
+        asked.append(folder)
+        return figures
+
+    monkeypatch.setattr(check, "check", measured)
     assert main(["miniature", "check", "--folder", str(tmp_path)]) == 0
     assert json.loads(capsys.readouterr().out) == figures and asked == [str(tmp_path)]

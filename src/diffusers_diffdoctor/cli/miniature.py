@@ -38,11 +38,15 @@ def run(args: argparse.Namespace) -> int:
         print(f"{write_scenes(Path(args.output), args.count, args.wrong_share, args.seed)} scenes in {args.output}")
     elif args.action == "check":
         import json
+        import sys
+        from contextlib import redirect_stdout
 
         from ..miniature import WEIGHTS
         from ..miniature.check import check
 
-        print(json.dumps(check(args.folder or WEIGHTS), indent=2))
+        with redirect_stdout(sys.stderr):  # loading a judge prints; what goes to a file must be JSON
+            figures = check(args.folder or WEIGHTS)
+        print(json.dumps(figures, indent=2))
     else:
         from ..miniature.build import build
 
