@@ -160,3 +160,9 @@ def test_the_device_is_checked(detector):
     assert next(load_detector(str(detector), "cpu").parameters()).device.type == "cpu"
     with pytest.raises(ValueError, match="--device nonsense"):
         load_detector(str(detector), "nonsense")
+
+
+def test_a_detector_saved_in_half_precision_diagnoses_in_float32(tmp_path):
+    ArtifactDetectorForSemanticSegmentation(ArtifactDetectorConfig(**TINY)).half().save_pretrained(tmp_path)
+    assert ArtifactDetectorForSemanticSegmentation.from_pretrained(tmp_path).dtype == torch.float16
+    assert load_detector(str(tmp_path), "cpu").dtype == torch.float32

@@ -16,7 +16,7 @@ from .. import __version__
 COMMANDS = {
     "diagnose": (".diagnose", "find the artifacts in images: heatmaps, a ranked report, the cleanest images"),
     "convert-detector": (".convert_detector", "convert the detector that the paper's authors released"),
-    "miniature": (".miniature", "find or rebuild the parts of the embedded miniature, render its scenes"),
+    "miniature": (".miniature", "find, measure or rebuild the parts of the embedded miniature, render its scenes"),
 }
 
 
