@@ -38,7 +38,7 @@ def test_rendered_scenes_are_an_image_folder(tmp_path, capsys):
     )
     assert len(dataset) == 12 and dataset[0]["image"].size == dataset[0]["artifact_map"].size == (64, 64)
     for row in dataset:
-        assert (np.asarray(row["artifact_map"]).max() == 255) == (row["artifact"] is not None)
+        assert (np.asarray(row["artifact_map"]).max() == 255) == bool(row["artifacts"])
     assert main(["miniature", "render", "--output", str(tmp_path / "scenes")]) == 1
     assert "is not empty" in capsys.readouterr().err
 

@@ -7,9 +7,10 @@ import pytest
 from diffusers_diffdoctor.miniature.renderer import (
     _PARTS,
     ARTIFACT_KINDS,
+    ARTIFACT_WEIGHTS,
     CATEGORIES,
-    PLAIN_CATEGORIES,
     PRONE_CATEGORIES,
+    _spoil,
     all_prompts,
     is_held_out,
     render,
@@ -33,7 +34,7 @@ def dilated(mask):
 def test_the_map_is_where_the_scene_differs_from_its_right_twin(category, kind):
     for scene in scenes(8, category=category, artifact=kind):
         image, artifact_map = render(scene)
-        twin, empty = render(replace(scene, artifact=None))
+        twin, empty = render(replace(scene, artifacts=()))
         assert empty.max() == 0
         visible = np.abs(image.astype(int) - twin.astype(int)).max(-1) > 18
         assert visible.sum() >= 14
@@ -50,13 +51,51 @@ def test_rendering_is_deterministic():
 def test_plain_categories_are_never_wrong():
     drawn = scenes(400, wrong_share=1.0)
     assert {s.category for s in drawn} == set(CATEGORIES)
-    assert all((s.artifact is None) == (s.category in PLAIN_CATEGORIES) for s in drawn)
+    assert all(bool(s.artifacts) == (s.category in PRONE_CATEGORIES) for s in drawn)
 
 
 def test_the_wrong_share_is_the_share_of_wrong_scenes():
     drawn = scenes(2000, wrong_share=0.8, category="hand")
-    assert 0.77 < np.mean([s.artifact is not None for s in drawn]) < 0.83
-    assert {s.artifact for s in drawn} == {None, *ARTIFACT_KINDS}
+    assert 0.77 < np.mean([bool(s.artifacts) for s in drawn]) < 0.83
+    assert {s.artifacts for s in drawn} == {(), *((kind,) for kind in ARTIFACT_WEIGHTS)}
+
+
+@pytest.mark.parametrize("category", PRONE_CATEGORIES)
+def test_scenes_under_treatment_have_several_and_half_transparent_mistakes(category):
+    drawn = scenes(400, wrong_share=1.0, under_treatment=True, category=category)
+    assert {kind for s in drawn for kind in s.artifacts} == set(ARTIFACT_KINDS)
+    assert {len(s.artifacts) for s in drawn} == {1, 2, 3, 4}
+    assert 0.2 < np.mean([s.opacity < 1 for s in drawn]) < 0.4
+    for scene in drawn[:60]:
+        image, artifact_map = render(scene)
+        twin, _ = render(replace(scene, artifacts=()))
+        visible = np.abs(image.astype(int) - twin.astype(int)).max(-1) > 18
+        assert visible.sum() >= 14 and np.array_equal(artifact_map == 255, dilated(visible))
+
+
+def test_several_mistakes_spoil_more_than_the_first_of_them():
+    drawn = [s for s in scenes(600, wrong_share=1.0, under_treatment=True) if len(s.artifacts) > 2 and s.opacity == 1]
+    areas = np.mean([[render(s)[1].mean(), render(replace(s, artifacts=s.artifacts[:1]))[1].mean()] for s in drawn], 0)
+    assert areas[0] > 1.5 * areas[1]
+
+
+def test_a_mistake_that_shines_through_differs_less():
+    scene = next(s for s in scenes(50, wrong_share=1.0, category="hand") if s.artifacts == ("extra",))
+    twin = render(replace(scene, artifacts=()))[0].astype(int)
+    full, half = (np.abs(render(replace(scene, opacity=o))[0].astype(int) - twin).max() for o in (1.0, 0.5))
+    assert 0.4 * full < half < 0.6 * full
+
+
+def test_no_part_is_spoiled_twice():
+    parts = _PARTS["person"](np.random.default_rng(0))
+    rng = np.random.default_rng(0)
+    for _ in range(12):  # five parts can be missing, then none is left
+        parts = _spoil(parts, "missing", rng)
+    assert [p.name for p in parts] == ["torso"]
+    parts = _PARTS["person"](np.random.default_rng(0))
+    for _ in range(12):
+        parts = _spoil(parts, "misplaced", rng)
+    assert [p.wrong for p in parts] == [p.name != "torso" for p in parts]
 
 
 @pytest.mark.parametrize("category", PRONE_CATEGORIES)

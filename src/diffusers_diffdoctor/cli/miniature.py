@@ -80,10 +80,8 @@ def write_scenes(output: Path, count: int, wrong_share: float, seed: int) -> int
         names = {"file_name": f"images/{i:06d}.png", "artifact_map_file_name": f"maps/{i:06d}.png"}
         Image.fromarray(image).save(output / names["file_name"])
         Image.fromarray(artifact_map).save(output / names["artifact_map_file_name"])
-        rows.append(
-            names
-            | {"prompt": scene.caption, "category": scene.category, "source": "rendered", "artifact": scene.artifact}
-        )
+        described = {"prompt": scene.caption, "category": scene.category, "artifacts": list(scene.artifacts)}
+        rows.append(names | described | {"source": "rendered"})
     # last, so that a folder with metadata is whole
     (output / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return len(rows)

@@ -55,27 +55,36 @@ SEEDS = {"vae": 1, "transformer": 2, "detector": 3, "judge": 4, "clip": 5}
 # --- scenes ----------------------------------------------------------------------------------------------------------
 
 
-def _render_chunk(seed: int, count: int, wrong_share: float):
+def _render_chunk(seed: int, count: int, wrong_share: float, under_treatment: bool):
     rng = np.random.default_rng(seed)
-    scenes = [sample_scene(rng, wrong_share) for _ in range(count)]
+    scenes = [sample_scene(rng, wrong_share, under_treatment) for _ in range(count)]
     images, maps = zip(*(render(scene) for scene in scenes))
     return np.stack(images), np.stack(maps), [scene.caption for scene in scenes]
 
 
-def render_scenes(count: int, seed: int, wrong_share: float, chunk: int = 500, workers: int | None = None):
+def render_scenes(
+    count: int,
+    seed: int,
+    wrong_share: float,
+    under_treatment: bool = False,
+    chunk: int = 500,
+    workers: int | None = None,
+):
     """`count` scenes as images uint8 (N, 3, 64, 64), maps uint8 (N, 1, 64, 64) and captions, the same for any `workers`."""
     sizes = [min(chunk, count - start) for start in range(0, count, chunk)]
     with ProcessPoolExecutor(workers) as pool:
-        job = partial(_render_chunk, wrong_share=wrong_share)
+        job = partial(_render_chunk, wrong_share=wrong_share, under_treatment=under_treatment)
         chunks = list(pool.map(job, [seed * 1_000_003 + i for i in range(len(sizes))], sizes))
     images = torch.from_numpy(np.concatenate([c[0] for c in chunks])).permute(0, 3, 1, 2).contiguous()
     maps = torch.from_numpy(np.concatenate([c[1] for c in chunks]))[:, None]
     return images, maps, [caption for c in chunks for caption in c[2]]
 
 
-def labelled_scenes(count: int, seed: int, vae: AutoencoderKL, wrong_share: float = 0.6):
+def labelled_scenes(
+    count: int, seed: int, vae: AutoencoderKL, wrong_share: float = 0.6, under_treatment: bool = False
+):
     """Scenes with maps, every third one passed through the VAE."""
-    images, maps, captions = render_scenes(count, seed, wrong_share)
+    images, maps, captions = render_scenes(count, seed, wrong_share, under_treatment)
     images[::3] = reproduce(vae, images[::3], noise=0.15)
     return images, maps, captions
 
@@ -358,7 +367,7 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 5000, scen
     model = ArtifactDetectorForSemanticSegmentation(config)
     # SegFormer's initialization is for widths of hundreds; at these, signals would die out in the convolutions.
     model.apply(lambda m: m.reset_parameters() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) else None)
-    images, maps, _ = labelled_scenes(scenes, SEEDS["detector"], vae)
+    images, maps, _ = labelled_scenes(scenes, SEEDS["detector"], vae, under_treatment=True)
     held = min(500, scenes // 4)
     args = ArtifactDetectorTrainingArguments(
         output_dir=str(output_dir / "training" / "detector"),
@@ -411,7 +420,7 @@ def build_judge(vae: AutoencoderKL, output_dir: Path, steps: int = 4000, scenes:
     """The U-Net judge, and its error rates on fresh scenes as the VAE reproduces them."""
     torch.manual_seed(SEEDS["judge"])
     judge = MiniatureJudge().to(memory_format=torch.channels_last)
-    images, maps, _ = labelled_scenes(scenes, SEEDS["judge"], vae)
+    images, maps, _ = labelled_scenes(scenes, SEEDS["judge"], vae, under_treatment=True)
 
     def loss_of_step(step, generator):
         rows = torch.randint(scenes, (32,), generator=generator)

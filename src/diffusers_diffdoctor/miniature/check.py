@@ -73,10 +73,10 @@ def rates_on_scenes(confidence: Callable, vae: AutoencoderKL, count: int = 2000)
     scenes, images = _fresh_scenes(count)
     batches = reproduce(vae, images).split(100)
     scores = torch.cat([max_confidence(confidence(batch.float() / 255)) for batch in batches])
-    rates = error_rates(scores, torch.tensor([scene.artifact is not None for scene in scenes]))
+    rates = error_rates(scores, torch.tensor([bool(scene.artifacts) for scene in scenes]))
     misses = {}
-    for kind in sorted({scene.artifact for scene in scenes if scene.artifact}):
-        rows = torch.tensor([scene.artifact == kind for scene in scenes])
+    for kind in sorted({kind for scene in scenes for kind in scene.artifacts}):
+        rows = torch.tensor([kind in scene.artifacts for scene in scenes])
         misses[kind] = (scores[rows] < 0.5).float().mean().item()
     return {
         "true_positive_rate": 1 - rates["misses"],

@@ -2,8 +2,8 @@
 """A renderer of small scenes that knows its own mistakes.
 
 A scene is one thing (hand, face, person, dog, house or cup) in a colour, on a background, in a style. Things are made of
-named parts. A wrong scene is a right one with a part too many, a part missing, a part in the wrong place, two parts fused,
-a warped region or a watermark; houses and cups are never wrong. Both the wrong scene and its right twin are drawn from the
+named parts. A wrong scene is a right one with a part too many, a part missing, a part in the wrong place, a part too small, two
+parts fused, a warped region or a watermark, or several of them; houses and cups are never wrong. Both the wrong scene and its right twin are drawn from the
 same pose, light and noise, and the artifact map is exactly where the two pictures differ, one pixel wider.
 
 Coordinates are in units of half the image: x to the right, y down, the thing is centred at (0, 0).
@@ -39,10 +39,21 @@ STYLES = ("drawing", "render", "photo")
 PRONE_CATEGORIES = ("hand", "face", "person", "dog")
 PLAIN_CATEGORIES = ("house", "cup")
 CATEGORIES = PRONE_CATEGORIES + PLAIN_CATEGORIES
-ARTIFACT_KINDS = ("extra", "missing", "misplaced", "fused", "warped", "watermark")
+ARTIFACT_KINDS = ("extra", "missing", "misplaced", "stunted", "fused", "warped", "watermark")
 
 # Local mistakes of anatomy are what the world is about; warps and watermarks are seen less often.
 ARTIFACT_WEIGHTS = {"extra": 0.3, "missing": 0.25, "misplaced": 0.15, "fused": 0.14, "warped": 0.08, "watermark": 0.08}
+# A pipeline under treatment tries out what it never learned: parts half there, and several mistakes at once.
+TREATMENT_WEIGHTS = {
+    "extra": 0.23,
+    "missing": 0.27,
+    "misplaced": 0.12,
+    "stunted": 0.14,
+    "fused": 0.12,
+    "warped": 0.06,
+    "watermark": 0.06,
+}
+TREATMENT_COUNTS = {1: 0.5, 2: 0.25, 3: 0.15, 4: 0.1}
 
 WRONG_SHARE = 0.82  # of the scenes of prone categories that the pipeline learned to draw
 
@@ -77,19 +88,25 @@ class Part:
     misplaced: tuple[tuple[float, float, float], ...] = ()
     removable: bool = True
     neighbour: str | None = None
+    wrong: bool = False  # already a mistake, and not to be spoiled again
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What to draw. `seed` fixes pose, light and noise; `artifact` is None for a right scene or one of `ARTIFACT_KINDS`."""
+    """What to draw.
+
+    `seed` fixes pose, light and noise. `artifacts` are some of `ARTIFACT_KINDS`, none for a right scene; `artifact_seed` fixes
+    where they are. With an `opacity` below 1 the right scene shines through the mistakes.
+    """
 
     category: str
     color: str
     background: str
     style: str
     seed: int
-    artifact: str | None = None
+    artifacts: tuple[str, ...] = ()
     artifact_seed: int = 0
+    opacity: float = 1.0
 
     @property
     def caption(self) -> str:
@@ -128,20 +145,37 @@ def is_held_out(category: str, color: str, background: str) -> bool:
     return index % len(BACKGROUNDS) == 0
 
 
-def sample_scene(rng: np.random.Generator, wrong_share: float = 0.5, **fixed: str) -> Scene:
-    """Draw a scene at random. `wrong_share` in [0, 1] is the chance that a prone category is wrong; `fixed` pins attributes."""
+def sample_scene(
+    rng: np.random.Generator, wrong_share: float = 0.5, under_treatment: bool = False, **fixed: str
+) -> Scene:
+    """Draw a scene at random.
+
+    Args:
+        rng: source of chance.
+        wrong_share: chance in [0, 1] that a prone category is wrong.
+        under_treatment: wrong scenes have one to four mistakes, also of kinds that the pipeline never learned, and some of them
+            half transparent: what a detector has to know that is to be treated against. Else they have one mistake.
+        fixed: attributes that are given: `category`, `color`, `background`, `style`, or the one `artifact`.
+    """
     category = fixed.get("category") or CATEGORIES[rng.integers(len(CATEGORIES))]
     wrong = category in PRONE_CATEGORIES and rng.random() < wrong_share
-    kinds, weights = list(ARTIFACT_WEIGHTS), list(ARTIFACT_WEIGHTS.values())
-    return Scene(
+    scene = Scene(
         category=category,
         color=fixed.get("color") or list(COLORS)[rng.integers(len(COLORS))],
         background=fixed.get("background") or list(BACKGROUNDS)[rng.integers(len(BACKGROUNDS))],
         style=fixed.get("style") or STYLES[rng.integers(len(STYLES))],
         seed=int(rng.integers(2**31)),
-        artifact=fixed.get("artifact") or (str(rng.choice(kinds, p=weights)) if wrong else None),
-        artifact_seed=int(rng.integers(2**31)),
     )
+    artifacts, opacity = (), 1.0
+    if "artifact" in fixed:
+        artifacts = (fixed["artifact"],)
+    elif wrong:
+        weights = TREATMENT_WEIGHTS if under_treatment else ARTIFACT_WEIGHTS
+        count = rng.choice(list(TREATMENT_COUNTS), p=list(TREATMENT_COUNTS.values())) if under_treatment else 1
+        artifacts = tuple(str(rng.choice(list(weights), p=list(weights.values()))) for _ in range(count))
+        if under_treatment and rng.random() < 0.3:
+            opacity = float(rng.uniform(0.4, 0.8))
+    return replace(scene, artifacts=artifacts, artifact_seed=int(rng.integers(2**31)), opacity=opacity)
 
 
 def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
@@ -154,22 +188,27 @@ def render(scene: Scene) -> tuple[np.ndarray, np.ndarray]:
     parts = _PARTS[scene.category](pose)
     place = _placement(pose, scene.category)
     light = _light(pose)
-    right = _finish(_draw(parts, place, scene), scene, light)
-    if scene.artifact is None:
+    right_canvas = _draw(parts, place, scene)
+    right = _finish(right_canvas, scene, light)
+    if not scene.artifacts:
         return right, np.zeros(right.shape[:2], np.uint8)
     rng = np.random.default_rng(scene.artifact_seed)
     for _ in range(50):
-        if scene.artifact in ("warped", "watermark"):
-            canvas = _draw(parts, place, scene)
-            canvas = _warp(canvas, parts, place, rng) if scene.artifact == "warped" else _watermark(canvas, rng)
-        else:
-            canvas = _draw(_spoil(parts, scene.artifact, rng), place, scene)
-        wrong = _finish(canvas, scene, light)
+        spoiled = parts
+        for kind in scene.artifacts:
+            if kind not in ("warped", "watermark"):
+                spoiled = _spoil(spoiled, kind, rng)
+        canvas = _draw(spoiled, place, scene)
+        if "warped" in scene.artifacts:
+            canvas = _warp(canvas, parts, place, rng)
+        if "watermark" in scene.artifacts:
+            canvas = _watermark(canvas, rng)
+        wrong = _finish(Image.blend(right_canvas, canvas, scene.opacity), scene, light)
         difference = np.abs(wrong.astype(np.int16) - right).max(-1) > DIFFERENCE
         if difference.sum() >= MIN_WRONG_PIXELS:
             mask = Image.fromarray((difference * 255).astype(np.uint8)).filter(ImageFilter.MaxFilter(3))
             return wrong, np.asarray(mask)
-    raise RuntimeError(f"No visible {scene.artifact!r} artifact could be drawn for {scene}.")
+    raise RuntimeError(f"No visible artifact could be drawn for {scene}.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -471,29 +510,46 @@ def _moved(part: Part, placement: tuple[float, float, float]) -> Part:
     return replace(part, shapes=shapes)
 
 
+def _stunted(part: Part, factor: float) -> Part:
+    """The part `factor` times as long from its pivot on; limbs keep their thickness."""
+    return replace(
+        part, shapes=tuple(replace(s, points=(s.points - part.pivot) * factor + part.pivot) for s in part.shapes)
+    )
+
+
 def _spoil(parts: list[Part], kind: str, rng: np.random.Generator) -> list[Part]:
-    """The same thing with one mistake of `kind`: "extra", "missing", "misplaced" or "fused"."""
+    """The same thing with one more mistake of `kind`, if a part is left to spoil: every kind but "warped" and "watermark"."""
     parts = list(parts)
+    sound = {p.name: p for p in parts if not p.wrong}
+    able = {
+        "missing": lambda p: p.removable,
+        "stunted": lambda p: p.removable,
+        "extra": lambda p: p.extra,
+        "misplaced": lambda p: p.misplaced,
+        "fused": lambda p: p.neighbour in sound,
+    }[kind]
+    candidates = [i for i, p in enumerate(parts) if not p.wrong and able(p)]
+    if not candidates:
+        return parts
+    i = candidates[rng.integers(len(candidates))]
     if kind == "missing":
-        candidates = [i for i, p in enumerate(parts) if p.removable]
-        del parts[candidates[rng.integers(len(candidates))]]
+        del parts[i]
+    elif kind == "stunted":
+        parts[i] = replace(_stunted(parts[i], rng.uniform(0.2, 0.6)), wrong=True)
     elif kind in ("extra", "misplaced"):
-        candidates = [i for i, p in enumerate(parts) if getattr(p, kind)]
-        i = candidates[rng.integers(len(candidates))]
         options = getattr(parts[i], kind)
         dx, dy, degrees = options[rng.integers(len(options))]
         jitter = rng.uniform(-1, 1, 3)
-        wrong = _moved(parts[i], (dx + 0.02 * jitter[0], dy + 0.02 * jitter[1], degrees + 4 * jitter[2]))
+        moved = _moved(parts[i], (dx + 0.02 * jitter[0], dy + 0.02 * jitter[1], degrees + 4 * jitter[2]))
+        wrong = replace(moved, wrong=True)
         if kind == "misplaced":
             parts[i] = wrong
         else:  # a second limb lies behind the first, a second eye before it
             parts.insert(i + 1 if "eye" in wrong.name else i, wrong)
     elif kind == "fused":
-        by_name = {p.name: p for p in parts}
-        candidates = [i for i, p in enumerate(parts) if p.neighbour]
-        i = candidates[rng.integers(len(candidates))]
-        a, b = parts[i].shapes[0], by_name[parts[i].neighbour].shapes[0]
-        j = parts.index(by_name[parts[i].neighbour])
+        j = next(k for k, p in enumerate(parts) if p is sound[parts[i].neighbour])
+        a, b = parts[i].shapes[0], parts[j].shapes[0]
+        parts[i], parts[j] = (replace(parts[k], wrong=True) for k in (i, j))
         if a.radius is None:  # two eyes become one band
             centre_a, centre_b = a.points.mean(0), b.points.mean(0)
             web = Shape(np.stack([centre_a, centre_b]), radius=0.14, color=a.color, outlined=False)
@@ -503,7 +559,7 @@ def _spoil(parts: list[Part], kind: str, rng: np.random.Generator) -> list[Part]
                 color=INK,
                 outlined=False,
             )
-            parts.insert(j + 1, Part("fused", (web, pupil)))
+            parts.insert(j + 1, Part("fused", (web, pupil), wrong=True))
         else:  # the gap between two limbs is filled
             r = a.radius
             quad = np.concatenate([a.points[[0, -1]], b.points[[-1, 0]]])
@@ -511,7 +567,12 @@ def _spoil(parts: list[Part], kind: str, rng: np.random.Generator) -> list[Part]
             limbs = tuple(replace(s, outlined=False) for s in (a, b))
             ends = Shape(np.stack([a.points[-1], b.points[-1]]), radius=r, color=a.color)
             parts.insert(
-                j + 1, Part("fused", (ends, web, *limbs, replace(ends, outlined=False), replace(web, outlined=False)))
+                j + 1,
+                Part(
+                    "fused",
+                    (ends, web, *limbs, replace(ends, outlined=False), replace(web, outlined=False)),
+                    wrong=True,
+                ),
             )
     return parts
 
