@@ -454,3 +454,95 @@ def test_the_size_is_the_pipelines_own_by_default():
     rollout = DifferentiableRollout(tiny_sdxl(), width=64)
     assert (rollout.height, rollout.width) == (32, 64)
     assert rollout.generate(["a cat"], [0]).shape == (1, 3, 32, 64)
+
+
+# --- drift -----------------------------------------------------------------------------------------------------------------
+
+
+def drift_by_hand(rollout, prompts, seeds):
+    """What the pipeline's own call asks the denoiser, asked again without the adapter."""
+    calls, denoiser = [], rollout.denoiser
+    hook = denoiser.register_forward_hook(
+        lambda _, args, kwargs, out: calls.append((args, kwargs, out)), with_kwargs=True
+    )
+    own_images(rollout, prompts, seeds)
+    hook.remove()
+    per_step = len(calls) // rollout.num_inference_steps  # two where guidance asks apart
+    total, weights = torch.zeros(len(prompts)), 0.0
+    denoiser.disable_adapters()
+    for i, (args, kwargs, treated) in enumerate(calls):
+        weight = (1 - i // per_step / rollout.num_inference_steps) ** 4
+        if weight < 0.1:
+            continue
+        with torch.no_grad():
+            untreated = denoiser(*args, **kwargs)[0]
+        square = (treated[0] - untreated).square().flatten(1).mean(1)
+        total += weight * torch.stack([square[j :: len(prompts)].mean() for j in range(len(prompts))])
+        weights += weight
+    denoiser.enable_adapters()
+    return total / weights
+
+
+def test_drift_is_what_the_adapter_changes_in_the_early_steps(any_pipeline):
+    rollout = make(any_pipeline)
+    add_lora(any_pipeline)
+    if not hasattr(rollout.denoiser, "disable_adapters"):  # PixArt's adapters cannot be switched off
+        with pytest.raises(ValueError, match=r"`drift` .*add_adapter"):
+            rollout(PROMPTS, SEEDS, drift=True)
+        return
+    expected = drift_by_hand(rollout, PROMPTS, SEEDS)
+    assert (expected > 0).all()
+    output = rollout(PROMPTS, SEEDS, drift=True)
+    torch.testing.assert_close(output.drift, expected, rtol=1e-3, atol=1e-9)
+    assert rollout(PROMPTS, SEEDS).drift is None
+    torch.testing.assert_close(output.images, rollout(PROMPTS, SEEDS).images, rtol=0, atol=0)
+
+
+def test_drift_reaches_the_steps_before_the_window_and_leaves_the_pixel_gradient_alone():
+    pipeline = tiny_flux()
+    rollout = make(pipeline, gradient_fraction=0.25)
+    weights = add_lora(pipeline)
+    without = gradients(rollout, weights)
+    for weight in weights.values():
+        weight.grad = None
+    output = rollout(["a cat", "two dogs"], [3, 1], drift=True)
+    weigh(output.images).backward(retain_graph=True)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight.grad, without[name], rtol=0, atol=0)
+        weight.grad = None
+    output.drift.sum().backward()
+    assert any(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in weights.values())
+
+
+def test_the_gradient_of_the_drift_agrees_with_finite_differences(in_float64):
+    pipeline = tiny_flux().to(torch.float64)
+    rollout = make(pipeline, num_inference_steps=3, gradient_fraction=0.3)  # both counted steps lie before the window
+    weights = add_lora(pipeline)
+    weight = next(weight for name, weight in weights.items() if "lora_B" in name)
+    rollout(["a cat"], [3], drift=True).drift.sum().backward()
+    # the latents are not differentiated through: hold them where they are
+    calls = []
+    hook = rollout.denoiser.register_forward_hook(lambda _, a, k, out: calls.append((a, k)), with_kwargs=True)
+    with torch.no_grad():
+        rollout(["a cat"], [3])
+    hook.remove()
+
+    @torch.no_grad()
+    def drift():
+        total = 0.0
+        for (args, kwargs), share in zip(calls, (1.0, (2 / 3) ** 4)):
+            treated = rollout.denoiser(*args, **kwargs)[0]
+            rollout.denoiser.disable_adapters()
+            total += share * (treated - rollout.denoiser(*args, **kwargs)[0]).square().mean().item()
+            rollout.denoiser.enable_adapters()
+        return total / (1 + (2 / 3) ** 4)
+
+    direction, size = torch.randn(weight.shape, dtype=weight.dtype, generator=torch.Generator().manual_seed(0)), 1e-5
+    slope = (weight.grad * direction).sum().item()
+    values = []
+    for sign in (1, -1):
+        weight.data += sign * size * direction
+        values.append(drift())
+        weight.data -= sign * size * direction
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * size), rel=1e-4)
+    assert slope != 0

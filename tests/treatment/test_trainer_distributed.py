@@ -23,6 +23,7 @@ RUN = {
     "eval_steps": 1,
     "log_images": 2,
     "ema_decay": 0.5,
+    "drift_weight": 3.0,
     "save_strategy": "steps",
     "save_steps": 2,
 }

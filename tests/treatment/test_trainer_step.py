@@ -194,17 +194,17 @@ def test_seeds_are_the_same_everywhere():
     assert len({derive_seed(42, "rollout", position) for position in range(10_000)}) > 9_990
 
 
-def test_preservation_holds_a_treatment_to_the_untreated_image(tmp_path):
+def test_the_drift_loss_holds_a_treatment_to_the_untreated_model(tmp_path):
     settings = {"max_steps": 8, "learning_rate": 1e-2, "offline_weight": 0.0, "logging_steps": 1}
     parts = {"regularization_dataset": None, "reward_funcs": redness}
     seeds = list(range(len(PROMPTS)))
     distance = {}
     for weight in (0.0, 1e6):
-        trainer = tiny_trainer(tmp_path / str(weight), parts=parts, preservation_weight=weight, **settings)
+        trainer = tiny_trainer(tmp_path / str(weight), parts=parts, drift_weight=weight, **settings)
         trainer.train()
         change = trainer.generate(PROMPTS, seeds) - trainer.generate(PROMPTS, seeds, treated=False)
         distance[weight] = change.square().mean().item()
-        logged = [entry["loss/preservation"] for entry in trainer.state.log_history if "loss/preservation" in entry]
+        logged = [entry["loss/drift"] for entry in trainer.state.log_history if "loss/drift" in entry]
         if weight:
             assert logged[0] == 0 and logged[1] > 0  # a new LoRA changes nothing yet
             assert all(parameter.requires_grad for parameter in trainer.trained_parameters)

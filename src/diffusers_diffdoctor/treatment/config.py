@@ -48,7 +48,7 @@ class PixelRewardConfig(TrainingArguments):
             precision by default. The trained LoRA weights are float32 in any case.
 
         > Parameters that control the loss, `pixel_weight * sum(w_k * reward_k) + offline_weight * offline +
-        > preservation_weight * preservation`
+        > drift_weight * drift`
 
         pixel_selection (`str`, *optional*, defaults to `"threshold"`):
             Which pixels of the artifact map are penalised: those above the threshold, all (`"mean"`) or the highest
@@ -61,9 +61,9 @@ class PixelRewardConfig(TrainingArguments):
             One weight for each reward function; 1 each without it.
         offline_weight (`float`, *optional*, defaults to `0.25`):
             Weight of the pipeline's own training loss on the regularization dataset, at least 0 (paper).
-        preservation_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the mean squared difference from the layout of the untreated image of the same seed, outside of what was
-            diagnosed in it, at least 0 (ours). Above 0, every step also generates without the adapter.
+        drift_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the mean squared difference that the adapter makes to the denoiser's prediction in the early steps, at
+            least 0 (ours). Above 0, seeds keep more of their own layout; every early step is also taken without the adapter.
         offline_batch_size (`int`, *optional*):
             Regularization images per device and step; `per_device_train_batch_size` without it.
         offline_sigmas (`str`, *optional*, defaults to `"logit_normal"`):
@@ -149,9 +149,9 @@ class PixelRewardConfig(TrainingArguments):
     offline_weight: float = field(
         default=0.25, metadata={"help": "Weight of the training loss on the regularization dataset (paper: 0.25)."}
     )
-    preservation_weight: float = field(
+    drift_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of the difference from the untreated image outside of what was diagnosed (ours)."},
+        metadata={"help": "Weight of the difference from the untreated denoiser in the early steps (ours)."},
     )
     offline_batch_size: int | None = field(
         default=None,
@@ -260,7 +260,7 @@ class PixelRewardConfig(TrainingArguments):
         for name in ("height", "width", "resolution", "max_sequence_length", "lora_alpha", "offline_batch_size"):
             value = getattr(self, name)
             _require(self, name, value is None or value >= 1, "at least 1, or left out")
-        for name in ("pixel_weight", "offline_weight", "preservation_weight"):
+        for name in ("pixel_weight", "offline_weight", "drift_weight"):
             _require(
                 self, name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "finite and at least 0"
             )

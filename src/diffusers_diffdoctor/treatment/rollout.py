@@ -52,12 +52,14 @@ class RolloutOutput:
         latents: what the last scheduler step returned, in the pipeline's own layout (packed for FLUX), with the same graph.
         prediction: what the denoiser says of the noised regularization images, (R, ...); None without them.
         target: what it should say, of the same shape.
+        drift: (B,), how far the denoiser has left itself without its adapter in the early steps; None if not asked for.
     """
 
     images: torch.Tensor
     latents: torch.Tensor
     prediction: torch.Tensor | None = None
     target: torch.Tensor | None = None
+    drift: torch.Tensor | None = None
 
 
 class _StraightThroughClamp(torch.autograd.Function):
@@ -389,6 +391,7 @@ class DifferentiableRollout(nn.Module):
         regularization_prompts: Sequence[str] | None = None,
         regularization_seeds: Sequence[int] | None = None,
         regularization_latents: torch.Tensor | None = None,
+        drift: bool = False,
     ) -> RolloutOutput:
         """
         Generate one image for each prompt and, with regularization images, the two sides of the offline loss.
@@ -403,6 +406,7 @@ class DifferentiableRollout(nn.Module):
             regularization_prompts: their R texts.
             regularization_seeds: R numbers that decide noise and noise level of the offline loss.
             regularization_latents: in place of the images, what `encode_images` made of them.
+            drift: also return the drift, see [`drift_weight`]; the denoiser must have an adapter.
 
         Raises:
             ValueError: an argument that does not fit; a prompt that can no longer be encoded; a family without offline loss.
@@ -417,12 +421,19 @@ class DifferentiableRollout(nn.Module):
             if len(found) != len(regularization_prompts):
                 raise ValueError(f"{len(found)} regularization images have {len(regularization_prompts)} prompts.")
             self._check_offline()
-        images, latents = self._generate(prompts, seeds)
+        if drift and not getattr(self.denoiser, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"`drift` compares the {self.denoiser_name} with itself without its adapter, but it has none: call "
+                f"pipeline.{self.denoiser_name}.add_adapter(...) first."
+            )
+        calls: list[_Call] | None = [] if drift else None
+        images, latents = self._generate(prompts, seeds, calls)
+        output = RolloutOutput(images, latents, drift=self._drift(calls, len(prompts)) if drift else None)
         if not offline:
-            return RolloutOutput(images, latents)
+            return output
         if regularization_latents is None:
             regularization_latents = self.encode_images(regularization_images)
-        prediction, target = self.family.offline.predict(
+        output.prediction, output.target = self.family.offline.predict(
             self.pipeline,
             self.denoiser,
             regularization_latents,
@@ -431,7 +442,7 @@ class DifferentiableRollout(nn.Module):
             self.offline_sigmas,
             self.offline_guidance_scale,
         )
-        return RolloutOutput(images, latents, prediction, target)
+        return output
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[str], seeds: Sequence[int], batch_size: int = 8) -> torch.Tensor:
@@ -442,7 +453,10 @@ class DifferentiableRollout(nn.Module):
             [self._generate(prompts[i : i + batch_size], seeds[i : i + batch_size])[0].cpu() for i in batches]
         )
 
-    def _generate(self, prompts: list[str], seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _generate(
+        self, prompts: list[str], seeds: list[int], calls: "list[_Call] | None" = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, 3, H, W) and latents. What the denoiser was asked in steps whose drift counts is added to `calls`."""
         pipeline, scheduler = self.pipeline, self.pipeline.scheduler
         kwargs = self.call_kwargs | self._prompt_kwargs(prompts)
         # CPU generators give the same noise on every device
@@ -462,7 +476,14 @@ class DifferentiableRollout(nn.Module):
             torch.set_grad_enabled(wanted and finished >= before * scheduler.order)
             return result
 
+        def record(module, args, kwargs, result):
+            weight = drift_weight(finished // scheduler.order, self.num_inference_steps)
+            if weight > 0:
+                calls.append(_Call(args, kwargs, _prediction(result), weight))
+
         with ExitStack() as stack:
+            if calls is not None:
+                stack.callback(self.denoiser.register_forward_hook(record, with_kwargs=True).remove)
             # The outer context restores the mode, whatever the inner switches did.
             stack.enter_context(torch.set_grad_enabled(wanted and before == 0))
             stack.enter_context(_replaced(scheduler, "step", counted_step))
@@ -475,6 +496,31 @@ class DifferentiableRollout(nn.Module):
             images = self._call(pipeline, **kwargs, output_type="pt", return_dict=False)[0]
         self._check_images(images, finished, len(prompts))
         return images.float(), latents
+
+    def _drift(self, calls: "list[_Call]", count: int) -> torch.Tensor:
+        """(B,): the weighted mean over early steps of the squared difference that the adapter makes to the prediction.
+
+        Latents are those of the rollout. Steps before the gradient window are asked again with gradient: the drift is the only
+        loss that they have.
+        """
+        drift = 0.0
+        for call in calls:
+            args, kwargs = _detached(call.args), _detached(call.kwargs)
+            prediction = call.prediction
+            if torch.is_grad_enabled() and not prediction.requires_grad:
+                prediction = _prediction(self.denoiser(*args, **kwargs))
+            self.denoiser.disable_adapters()
+            try:
+                with torch.no_grad():
+                    untreated = _prediction(self.denoiser(*args, **kwargs))
+            finally:
+                self.denoiser.enable_adapters()
+            dtype = torch.promote_types(prediction.dtype, torch.float32)
+            square = (prediction.to(dtype) - untreated.to(dtype)).square().flatten(1).mean(1)
+            drift = drift + call.weight * square.unflatten(0, (-1, count)).mean(
+                0
+            )  # guidance asks for each image twice
+        return drift / sum(call.weight for call in calls)
 
     def _check_images(self, images: Any, finished: int, count: int) -> None:
         name = type(self.pipeline).__name__
@@ -536,6 +582,44 @@ class DifferentiableRollout(nn.Module):
             vae.enable_gradient_checkpointing()
         elif vae.is_gradient_checkpointing:
             vae.disable_gradient_checkpointing()
+
+
+@dataclass
+class _Call:
+    """One call of the denoiser in a rollout, what it said, and how much its drift counts."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+    prediction: torch.Tensor
+    weight: float
+
+
+def drift_weight(step: int, num_inference_steps: int) -> float:
+    """
+    How much the drift of a denoising step counts: `(1 - step / num_inference_steps) ** 4`, and 0 below a tenth. Ours.
+
+    The first steps settle the layout, and with it what differs between two seeds; the later ones must be free to mend.
+
+    Args:
+        step: counted from 0.
+        num_inference_steps: of the whole rollout.
+    """
+    weight = (1 - step / num_inference_steps) ** 4
+    return weight if weight >= 0.1 else 0.0
+
+
+def _prediction(result: Any) -> torch.Tensor:
+    return result[0] if isinstance(result, tuple) else result.sample
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach()
+    if isinstance(value, dict):
+        return {key: _detached(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_detached(item) for item in value)
+    return value
 
 
 def _check_pairs(name: str, values: Any, seeds_name: str, seeds: Any) -> tuple[list[str], list[int]]:

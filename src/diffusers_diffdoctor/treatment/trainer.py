@@ -41,7 +41,7 @@ from .checkpoint import (
 )
 from .config import DTYPES, PixelRewardConfig
 from .examine import diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
-from .losses import offline_loss, preservation_loss
+from .losses import offline_loss
 from .model_card import upload, write_model_card
 from .prepare import RewardFunc, add_lora, build_rewards, check_detector, load_pipeline
 from .rollout import DifferentiableRollout
@@ -260,23 +260,22 @@ class PixelRewardTrainer(Trainer):
         return batches, self.accelerator.reduce(count)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """`pixel_weight * sum(w_k * reward_k) + offline_weight * offline + preservation_weight * preservation`, each a mean
-        over the samples of the update."""
+        """`pixel_weight * sum(w_k * reward_k) + offline_weight * offline + drift_weight * drift`, each a mean over the samples
+        of the update."""
         args, prompts = self.args, inputs["prompt"]
         seeds = [derive_seed(args.seed, "rollout", position) for position in inputs["position"]]
-        untreated = self._untreated(prompts, seeds) if args.preservation_weight > 0 else None
-        rollout = model(prompts=prompts, seeds=seeds, **self._regularization_batch(inputs["offline_position"]))
+        regularization = self._regularization_batch(inputs["offline_position"])
+        rollout = model(prompts=prompts, seeds=seeds, drift=args.drift_weight > 0, **regularization)
         reward, scores = self.score(rollout.images.float(), prompts)
         self._stop_if_not_finite("pixel", reward.loss, prompts, seeds)
         # DDP averages the gradients of the processes, so each takes its sum times their number over the count of all.
         world = self.accelerator.num_processes
         loss = args.pixel_weight * reward.loss.sum() * world / num_items_in_batch
         metrics = {"loss/pixel": reward.loss, "reward": reward.score}
-        if untreated is not None:
-            preservation = preservation_loss(rollout.images.float(), *untreated, args.pixel_threshold)
-            self._stop_if_not_finite("preservation", preservation, prompts, seeds)
-            loss = loss + args.preservation_weight * preservation.sum() * world / num_items_in_batch
-            metrics["loss/preservation"] = preservation
+        if rollout.drift is not None:
+            self._stop_if_not_finite("drift", rollout.drift, prompts, seeds)
+            loss = loss + args.drift_weight * rollout.drift.sum() * world / num_items_in_batch
+            metrics["loss/drift"] = rollout.drift
         if rollout.prediction is not None:
             offline = offline_loss(rollout.prediction.float(), rollout.target.float())
             self._stop_if_not_finite("offline", offline, prompts, seeds)
@@ -299,16 +298,6 @@ class PixelRewardTrainer(Trainer):
             map=next((output.map for output in outputs.values() if output.map is not None), None),
         )
         return total, {name: output.score.detach() for name, output in outputs.items()}
-
-    @torch.no_grad()
-    def _untreated(self, prompts: list[str], seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Images (B, 3, H, W) of the pipeline without the adapter, and their artifact maps."""
-        self.rollout.denoiser.disable_adapters()
-        try:
-            images = self.rollout(prompts=prompts, seeds=seeds).images.float()
-        finally:
-            self.rollout.denoiser.enable_adapters()
-        return images, self.score(images, prompts)[0].map
 
     def _regularization_batch(self, positions: list[int]) -> dict[str, Any]:
         if self.regularization is None:
