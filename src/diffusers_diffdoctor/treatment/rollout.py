@@ -406,7 +406,7 @@ class DifferentiableRollout(nn.Module):
             regularization_prompts: their R texts.
             regularization_seeds: R numbers that decide noise and noise level of the offline loss.
             regularization_latents: in place of the images, what `encode_images` made of them.
-            drift: also return the drift, see [`drift_weight`]; the denoiser must have an adapter.
+            drift: also return the drift, see [`drift_step_weight`]; the denoiser must have an adapter.
 
         Raises:
             ValueError: an argument that does not fit; a prompt that can no longer be encoded; a family without offline loss.
@@ -477,7 +477,7 @@ class DifferentiableRollout(nn.Module):
             return result
 
         def record(module, args, kwargs, result):
-            weight = drift_weight(finished // scheduler.order, self.num_inference_steps)
+            weight = drift_step_weight(finished // scheduler.order, self.num_inference_steps)
             if weight > 0:
                 calls.append(_Call(args, kwargs, _prediction(result), weight))
 
@@ -500,8 +500,8 @@ class DifferentiableRollout(nn.Module):
     def _drift(self, calls: "list[_Call]", count: int) -> torch.Tensor:
         """(B,): the weighted mean over early steps of the squared difference that the adapter makes to the prediction.
 
-        Latents are those of the rollout. Steps before the gradient window are asked again with gradient: the drift is the only
-        loss that they have.
+        Steps before the gradient window are asked again with gradient: the drift is the only loss that they have. Inside the
+        window the gradient also runs through the latents.
         """
         drift = 0.0
         for call in calls:
@@ -517,9 +517,8 @@ class DifferentiableRollout(nn.Module):
                 self.denoiser.enable_adapters()
             dtype = torch.promote_types(prediction.dtype, torch.float32)
             square = (prediction.to(dtype) - untreated.to(dtype)).square().flatten(1).mean(1)
-            drift = drift + call.weight * square.unflatten(0, (-1, count)).mean(
-                0
-            )  # guidance asks for each image twice
+            per_image = square.unflatten(0, (-1, count)).mean(0)  # guidance asks for each image twice
+            drift = drift + call.weight * per_image
         return drift / sum(call.weight for call in calls)
 
     def _check_images(self, images: Any, finished: int, count: int) -> None:
@@ -594,7 +593,7 @@ class _Call:
     weight: float
 
 
-def drift_weight(step: int, num_inference_steps: int) -> float:
+def drift_step_weight(step: int, num_inference_steps: int) -> float:
     """
     How much the drift of a denoising step counts: `(1 - step / num_inference_steps) ** 4`, and 0 below a tenth. Ours.
 
