@@ -2,9 +2,10 @@
 """A renderer of small scenes that knows its own mistakes.
 
 A scene is one thing (hand, face, person, dog, house or cup) in a colour, on a background, in a style. Things are made of
-named parts. A wrong scene is a right one with a part too many, a part missing, a part in the wrong place, a part too small, two
-parts fused, a warped region or a watermark, or several of them; houses and cups are never wrong. Both the wrong scene and its right twin are drawn from the
-same pose, light and noise, and the artifact map is exactly where the two pictures differ, one pixel wider.
+named parts. A wrong scene is a right one with a part too many, a part missing, a part in the wrong place, a part too small,
+two parts fused, a warped region or a watermark, or several of them; houses and cups are never wrong. Both the wrong scene
+and its right twin are drawn from the same pose, light and noise, and the artifact map is exactly where the two pictures
+differ, one pixel wider.
 
 Coordinates are in units of half the image: x to the right, y down, the thing is centred at (0, 0).
 """
