@@ -456,7 +456,10 @@ class DifferentiableRollout(nn.Module):
     def _generate(
         self, prompts: list[str], seeds: list[int], calls: "list[_Call] | None" = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images (B, 3, H, W) and latents. What the denoiser was asked in steps whose drift counts is added to `calls`."""
+        """Images (B, 3, H, W) and latents. What the denoiser was asked in steps whose drift counts is added to `calls`.
+
+        Those steps carry gradient for the drift, but before the window none reaches the latents.
+        """
         pipeline, scheduler = self.pipeline, self.pipeline.scheduler
         kwargs = self.call_kwargs | self._prompt_kwargs(prompts)
         # CPU generators give the same noise on every device
@@ -466,26 +469,32 @@ class DifferentiableRollout(nn.Module):
         finished, latents = 0, None
         step = scheduler.step
 
+        def drift_weight() -> float:
+            return 0.0 if calls is None else drift_step_weight(finished // scheduler.order, self.num_inference_steps)
+
+        def in_window() -> bool:  # a scheduler of order 2 steps twice for each step but the last
+            return finished >= before * scheduler.order
+
         @functools.wraps(step)  # pipelines look at the arguments that `step` takes
         def counted_step(*args, **kwargs):
             nonlocal finished, latents
+            if not in_window():  # a prediction whose drift counts carries gradient
+                args, kwargs = _detached(args), _detached(kwargs)
             result = step(*args, **kwargs)
             finished += 1
             latents = result[0]
-            # a scheduler of order 2 steps twice for each step but the last
-            torch.set_grad_enabled(wanted and finished >= before * scheduler.order)
+            torch.set_grad_enabled(wanted and (in_window() or drift_weight() > 0))
             return result
 
         def record(module, args, kwargs, result):
-            weight = drift_step_weight(finished // scheduler.order, self.num_inference_steps)
-            if weight > 0:
+            if (weight := drift_weight()) > 0:
                 calls.append(_Call(args, kwargs, _prediction(result), weight))
 
         with ExitStack() as stack:
             if calls is not None:
                 stack.callback(self.denoiser.register_forward_hook(record, with_kwargs=True).remove)
             # The outer context restores the mode, whatever the inner switches did.
-            stack.enter_context(torch.set_grad_enabled(wanted and before == 0))
+            stack.enter_context(torch.set_grad_enabled(wanted and (in_window() or drift_weight() > 0)))
             stack.enter_context(_replaced(scheduler, "step", counted_step))
             stack.enter_context(_replaced(pipeline, "_progress_bar_config", {"disable": True}))
             if getattr(pipeline, "image_processor", None) is not None:
@@ -500,23 +509,18 @@ class DifferentiableRollout(nn.Module):
     def _drift(self, calls: "list[_Call]", count: int) -> torch.Tensor:
         """(B,): the weighted mean over early steps of the squared difference that the adapter makes to the prediction.
 
-        Steps before the gradient window are asked again with gradient: the drift is the only loss that they have. Inside the
-        window the gradient also runs through the latents.
+        Inside the window the gradient also runs through the latents.
         """
         drift = 0.0
         for call in calls:
-            args, kwargs = _detached(call.args), _detached(call.kwargs)
-            prediction = call.prediction
-            if torch.is_grad_enabled() and not prediction.requires_grad:
-                prediction = _prediction(self.denoiser(*args, **kwargs))
             self.denoiser.disable_adapters()
             try:
                 with torch.no_grad():
-                    untreated = _prediction(self.denoiser(*args, **kwargs))
+                    untreated = _prediction(self.denoiser(*call.args, **call.kwargs))
             finally:
                 self.denoiser.enable_adapters()
-            dtype = torch.promote_types(prediction.dtype, torch.float32)
-            square = (prediction.to(dtype) - untreated.to(dtype)).square().flatten(1).mean(1)
+            dtype = torch.promote_types(call.prediction.dtype, torch.float32)
+            square = (call.prediction.to(dtype) - untreated.to(dtype)).square().flatten(1).mean(1)
             per_image = square.unflatten(0, (-1, count)).mean(0)  # guidance asks for each image twice
             drift = drift + call.weight * per_image
         return drift / sum(call.weight for call in calls)
