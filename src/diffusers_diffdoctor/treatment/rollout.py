@@ -599,7 +599,7 @@ class _Call:
 
 def drift_step_weight(step: int, num_inference_steps: int) -> float:
     """
-    How much the drift of a denoising step counts: `(1 - step / num_inference_steps) ** 4`, and 0 below a tenth. Ours.
+    How much the drift of a denoising step counts: `(1 - step / num_inference_steps) ** 8`, and 0 below a tenth. Ours.
 
     The first steps settle the layout, and with it what differs between two seeds; the later ones must be free to mend.
 
@@ -607,7 +607,7 @@ def drift_step_weight(step: int, num_inference_steps: int) -> float:
         step: counted from 0.
         num_inference_steps: of the whole rollout.
     """
-    weight = (1 - step / num_inference_steps) ** 4
+    weight = (1 - step / num_inference_steps) ** 8
     return weight if weight >= 0.1 else 0.0
 
 
