@@ -107,7 +107,7 @@ def test_the_miniature_from_its_parts_to_the_report(example, tmp_path, monkeypat
     assert set(report["change"]) >= {"inside", "outside"}
     assert report["judge_error_rates"] == json.loads((miniature.load("judge") / "error_rates.json").read_text())
     printed = capsys.readouterr().out
-    assert "The judge's own errors: true positive rate" in printed and "load_lora_weights" in printed
+    assert "The judge's own errors: on scenes (true positive rate" in printed and "load_lora_weights" in printed
     assert (tmp_path / "out/report.png").exists() and (tmp_path / "out/curves.png").exists()
 
 

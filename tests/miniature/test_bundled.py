@@ -41,6 +41,15 @@ def test_the_pipeline_is_ill_and_judge_and_detector_see_it(figures, name):
     assert max(frequency[category] for category in PLAIN_CATEGORIES) < 0.3
 
 
+def test_the_judge_comes_with_its_error_rates(figures):
+    published = json.loads((miniature.WEIGHTS / "judge" / "error_rates.json").read_text())
+    assert set(published) == {"on_scenes", "on_samples"}
+    for name, tolerance in (("on_scenes", 0.06), ("on_samples", 0.05)):  # 200 of the 2,000 scenes; the same samples
+        for rate in ("true_positive_rate", "false_positive_rate"):
+            assert figures["judge"][name][rate] == pytest.approx(published[name][rate], abs=tolerance), (name, rate)
+    assert {key: published["on_samples"][key] for key in ("samples", "wrong")} == {"samples": 72, "wrong": 42}
+
+
 def test_check_prints_its_figures(figures, monkeypatch, capsys, tmp_path):
     asked = []
 

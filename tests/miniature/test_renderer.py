@@ -10,6 +10,7 @@ from diffusers_diffdoctor.miniature.renderer import (
     ARTIFACT_WEIGHTS,
     CATEGORIES,
     PRONE_CATEGORIES,
+    _placement,
     _spoil,
     all_prompts,
     is_held_out,
@@ -84,6 +85,21 @@ def test_a_mistake_that_shines_through_differs_less():
     twin = render(replace(scene, artifacts=()))[0].astype(int)
     full, half = (np.abs(render(replace(scene, opacity=o))[0].astype(int) - twin).max() for o in (1.0, 0.5))
     assert 0.4 * full < half < 0.6 * full
+
+
+@pytest.mark.parametrize(
+    ("category", "left", "right"),
+    [("hand", "palm", "thumb"), ("dog", "tail", "head"), ("house", "door", "window"), ("cup", "body", "handle")],
+)
+def test_nothing_is_mirrored(category, left, right):
+    # a caption does not name a side, so a small model would draw both at once
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        place, parts = _placement(rng, category), {part.name: part for part in _PARTS[category](rng)}
+        x = {
+            name: np.mean([place(shape.points)[:, 0].mean() for shape in parts[name].shapes]) for name in (left, right)
+        }
+        assert x[left] < x[right]
 
 
 def test_no_part_is_spoiled_twice():

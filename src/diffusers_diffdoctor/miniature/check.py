@@ -20,7 +20,7 @@ from ..rewards import ClipScore
 from ..treatment import DifferentiableRollout
 from . import WEIGHTS, prompts
 from .judge import MiniatureJudge
-from .renderer import CATEGORIES, PRONE_CATEGORIES, WRONG_SHARE, all_prompts, render, sample_scene
+from .renderer import CATEGORIES, PRONE_CATEGORIES, WRONG_SHARE, Scene, all_prompts, render, sample_scene
 
 
 SEED = 6  # of the scenes nobody trained on
@@ -50,29 +50,36 @@ def reproduce(vae: AutoencoderKL, images: torch.Tensor, noise: float = 0.0, batc
     return torch.cat(result)
 
 
-def _fresh_scenes(count: int, wrong_share: float = 0.5):
+def fresh_scenes(vae: AutoencoderKL, count: int = 2000) -> tuple[list[Scene], torch.Tensor, torch.Tensor]:
+    """Scenes of the prone categories that nobody trained on, half of them wrong.
+
+    Args:
+        vae: the miniature's.
+        count: number of scenes.
+
+    Returns:
+        The scenes, and uint8 (N, 3, 64, 64) as rendered and as `vae` reproduces them.
+    """
     rng = np.random.default_rng(SEED)
-    scenes = [sample_scene(rng, wrong_share, category=PRONE_CATEGORIES[i % 4]) for i in range(count)]
+    scenes = [sample_scene(rng, 0.5, category=PRONE_CATEGORIES[i % 4]) for i in range(count)]
     images = torch.from_numpy(np.stack([render(scene)[0] for scene in scenes])).permute(0, 3, 1, 2).contiguous()
-    return scenes, images
+    return scenes, images, reproduce(vae, images)
 
 
 @torch.no_grad()
-def rates_on_scenes(confidence: Callable, vae: AutoencoderKL, count: int = 2000) -> dict:
-    """Error rates on rendered scenes of the prone categories that nobody trained on, half of them wrong, through the VAE.
+def rates_on_scenes(confidence: Callable, scenes: list[Scene], images: torch.Tensor) -> dict:
+    """Error rates on scenes whose truth is known.
 
     Args:
         confidence: from images (B, 3, 64, 64) in [0, 1] to artifact maps (B, 1, 64, 64): a detector's or a judge's.
-        vae: the miniature's.
-        count: number of scenes.
+        scenes: the N scenes.
+        images: uint8 (N, 3, 64, 64), the scenes as generated images look, see [`fresh_scenes`].
 
     Returns:
         `true_positive_rate`, `false_positive_rate`, `scenes`, and `misses_by_kind` of artifact. An image counts as wrong
         from a highest confidence of 0.5.
     """
-    scenes, images = _fresh_scenes(count)
-    batches = reproduce(vae, images).split(100)
-    scores = torch.cat([max_confidence(confidence(batch.float() / 255)) for batch in batches])
+    scores = torch.cat([max_confidence(confidence(batch.float() / 255)) for batch in images.split(100)])
     rates = error_rates(scores, torch.tensor([bool(scene.artifacts) for scene in scenes]))
     misses = {}
     for kind in sorted({kind for scene in scenes for kind in scene.artifacts}):
@@ -81,16 +88,14 @@ def rates_on_scenes(confidence: Callable, vae: AutoencoderKL, count: int = 2000)
     return {
         "true_positive_rate": 1 - rates["misses"],
         "false_positive_rate": rates["false_alarms"],
-        "scenes": count,
+        "scenes": len(scenes),
         "misses_by_kind": misses,
     }
 
 
-@torch.no_grad()
-def reproduction_psnr(vae: AutoencoderKL, count: int = 200) -> float:
-    """Mean peak signal-to-noise ratio, in dB, of fresh scenes through the VAE."""
-    _, images = _fresh_scenes(count)
-    error = (reproduce(vae, images).float() - images.float()) / 255
+def psnr(images: torch.Tensor, reproduced: torch.Tensor) -> float:
+    """Mean peak signal-to-noise ratio, in dB, of uint8 images (N, 3, H, W) and what became of them."""
+    error = (reproduced.float() - images.float()) / 255
     return (-10 * error.square().mean((1, 2, 3)).log10()).mean().item()
 
 
@@ -154,7 +159,7 @@ def check(folder: str | Path = WEIGHTS, seeds: int = 2, scenes: int = 2000) -> d
     Args:
         folder: holds the parts, as `build` leaves them.
         seeds: samples for each held-out prompt.
-        scenes: fresh scenes for the error rates.
+        scenes: fresh scenes for the VAE and the error rates.
     """
     folder = Path(folder)
     pipeline = FluxPipeline.from_pretrained(folder / "pipeline", torch_dtype=torch.float32)
@@ -166,8 +171,9 @@ def check(folder: str | Path = WEIGHTS, seeds: int = 2, scenes: int = 2000) -> d
     )
     rows = prompts(held_out=True) * seeds
     images = samples(pipeline, rows, seed=5000)
+    drawn, rendered, reproduced = fresh_scenes(pipeline.vae, scenes)
     result = {
-        "vae_psnr": reproduction_psnr(pipeline.vae),
+        "vae_psnr": psnr(rendered, reproduced),
         "samples": len(rows),
         "recognised": recognise(clip, images, rows),
         "fidelity": clip(images, [row["prompt"] for row in rows]).mean().item(),
@@ -177,7 +183,7 @@ def check(folder: str | Path = WEIGHTS, seeds: int = 2, scenes: int = 2000) -> d
         for name, confidence in (("judge", judge.confidence), ("detector", detector.confidence)):
             found = torch.cat([max_confidence(confidence(batch)) >= 0.5 for batch in images.split(100)]).float()
             result[name] = {
-                "on_scenes": rates_on_scenes(confidence, pipeline.vae, scenes),
+                "on_scenes": rates_on_scenes(confidence, drawn, reproduced),
                 "artifact_frequency": {
                     category: found[[row["category"] == category for row in rows]].mean().item()
                     for category in CATEGORIES

@@ -56,7 +56,7 @@ TREATMENT_WEIGHTS = {
 }
 TREATMENT_COUNTS = {1: 0.5, 2: 0.25, 3: 0.15, 4: 0.1}
 
-WRONG_SHARE = 0.82  # of the scenes of prone categories that the pipeline learned to draw
+WRONG_SHARE = 0.55  # of the scenes of prone categories that the pipeline learned to draw
 
 INK = (28, 24, 30)
 EYE_WHITE = (245, 245, 240)
@@ -456,7 +456,7 @@ def _dog(rng: np.random.Generator) -> list[Part]:
 
 def _house(rng: np.random.Generator) -> list[Part]:
     w, top = rng.uniform(0.48, 0.6), rng.uniform(-0.16, -0.04)
-    door = rng.choice([-1, 1]) * w * 0.42
+    door = -0.42 * w
     return [
         Part("wall", (Shape(_line((-w, top), (w, top), (w, 0.72), (-w, 0.72))),)),
         Part(
@@ -486,9 +486,8 @@ def _house(rng: np.random.Generator) -> list[Part]:
 
 def _cup(rng: np.random.Generator) -> list[Part]:
     w, h = rng.uniform(0.36, 0.46), rng.uniform(0.42, 0.54)
-    side = rng.choice([-1, 1])
     arc = np.linspace(-math.pi / 2, math.pi / 2, 12)
-    handle = np.stack([side * (w * 0.9 + 0.27 * np.cos(arc)), 0.05 + h * 0.55 * np.sin(arc)], -1)
+    handle = np.stack([w * 0.9 + 0.27 * np.cos(arc), 0.05 + h * 0.55 * np.sin(arc)], -1)
     return [
         Part("handle", (Shape(handle, radius=0.075),)),
         Part("body", (Shape(_line((-w, -h), (w, -h), (w * 0.82, h), (-w * 0.82, h))),)),
@@ -627,15 +626,18 @@ def _watermark(canvas: Image.Image, rng: np.random.Generator) -> Image.Image:
 
 
 def _placement(rng: np.random.Generator, category: str):
-    """A random small similarity transform from thing coordinates to canvas pixels; dogs and hands may be mirrored."""
+    """A random small similarity transform from thing coordinates to canvas pixels.
+
+    Nothing is mirrored, here or in the things themselves: a caption does not say which way a dog looks or on which side a
+    cup has its handle, and a small model would draw both at once.
+    """
     size = IMAGE_SIZE * SUPERSAMPLING
     turn = _rotation(rng.uniform(-12, 12) if category in PRONE_CATEGORIES else rng.uniform(-4, 4))
     scale = rng.uniform(0.84, 1.0) * size / 2
     shift = size / 2 + rng.uniform(-0.07, 0.07, 2) * size / 2
-    mirror = np.array([rng.choice([-1.0, 1.0]), 1.0])
 
     def place(points: np.ndarray) -> np.ndarray:
-        return (points * mirror) @ turn.T * scale + shift
+        return points @ turn.T * scale + shift
 
     place.scale = scale
     return place
