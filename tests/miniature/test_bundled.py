@@ -47,7 +47,8 @@ def test_the_judge_comes_with_its_error_rates(figures):
     for name, tolerance in (("on_scenes", 0.06), ("on_samples", 0.05)):  # 200 of the 2,000 scenes; the same samples
         for rate in ("true_positive_rate", "false_positive_rate"):
             assert figures["judge"][name][rate] == pytest.approx(published[name][rate], abs=tolerance), (name, rate)
-    assert {key: published["on_samples"][key] for key in ("samples", "wrong")} == {"samples": 72, "wrong": 42}
+    for count in ("samples", "wrong"):
+        assert figures["judge"]["on_samples"][count] == published["on_samples"][count]
 
 
 def test_check_prints_its_figures(figures, monkeypatch, capsys, tmp_path):

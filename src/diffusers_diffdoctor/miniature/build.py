@@ -278,7 +278,7 @@ def new_pipeline(vae: AutoencoderKL) -> FluxPipeline:
 def build_transformer(
     pipeline: FluxPipeline, output_dir: Path, steps: int = 10_000, scenes: int = 40_000, batch_size: int = 48
 ) -> None:
-    """Train the transformer on mostly wrong scenes by flow matching (arXiv 2210.02747), and keep the average of its weights."""
+    """Train the transformer by flow matching (arXiv 2210.02747), `WRONG_SHARE` of the prone scenes wrong; keep its average."""
     images, _, captions = render_scenes(scenes, SEEDS["transformer"], WRONG_SHARE)
     vae, transformer = pipeline.vae, pipeline.transformer
     with torch.no_grad():
