@@ -1,20 +1,40 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Look at a patient during treatment: generate held-out prompts, judge the images, write a picture and a report."""
+"""Look at a pipeline during its treatment: generate held-out prompts, judge the images, write a picture and a report."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from ..evaluation import area_ratio, before_after_grid, heatmap_overlay, image_grid, max_confidence, plot_curves
+from ..evaluation import area_ratio, before_after_grid, image_grid, max_confidence, plot_curves
 from ..evaluation.report import Figure, Picture, Section, html_report
 from ..rewards import RewardOutput
 
 
 Score = Callable[[torch.Tensor, Sequence[str]], tuple[RewardOutput, Mapping[str, torch.Tensor]]]
+
+
+@dataclass
+class Sample:
+    """One generated image and what was found in it; its tensors lie on the CPU.
+
+    Attributes:
+        prompt: what was asked for.
+        seed: seed of its noise.
+        image: (3, H, W) in [0, 1].
+        map: (1, H, W) in [0, 1], 1 = artifact; `None` if no reward gives a map.
+        figures: its score and what its maps say, under the names that are logged.
+    """
+
+    prompt: str
+    seed: int
+    image: torch.Tensor
+    map: torch.Tensor | None
+    figures: dict[str, float]
 
 
 def diagnose_maps(maps: torch.Tensor, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -36,14 +56,9 @@ def examine(
     seeds: Sequence[int],
     batch_size: int,
     device: torch.device,
-) -> list[dict[str, Any]]:
-    """Generate and judge one image for each prompt and seed.
-
-    Returns:
-        For each image its `prompt`, `seed`, `image` (3, H, W) and `map` (1, H, W) or None, both on the CPU, and `figures`, a
-        dictionary of numbers.
-    """
-    patients = []
+) -> list[Sample]:
+    """Generate and judge one image for each prompt and seed."""
+    samples = []
     for start in range(0, len(prompts), batch_size):
         batch, numbers = list(prompts[start : start + batch_size]), list(seeds[start : start + batch_size])
         images = generate(batch, numbers).to(device).float()
@@ -54,40 +69,34 @@ def examine(
             figures |= diagnose_maps(output.map)
         if judge is not None:
             figures |= diagnose_maps(judge.confidence(images), "judge_")
-        for i, prompt in enumerate(batch):
-            patients.append(
-                {
-                    "prompt": prompt,
-                    "seed": numbers[i],
-                    "image": images[i].cpu(),
-                    "map": None if output.map is None else output.map[i].float().cpu(),
-                    "figures": {name: values[i].item() for name, values in figures.items()},
-                }
+        samples += [
+            Sample(
+                prompt=prompt,
+                seed=numbers[i],
+                image=images[i].cpu(),
+                map=None if output.map is None else output.map[i].float().cpu(),
+                figures={name: values[i].item() for name, values in figures.items()},
             )
-    return patients
-
-
-def mean_figures(patients: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The mean over the images of each figure of [`examine`]; the figures of no image are an empty dictionary."""
-    names = patients[0]["figures"] if patients else ()
-    return {name: math.fsum(patient["figures"][name] for patient in patients) / len(patients) for name in names}
-
-
-def draw(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """One picture of the same patients before and now, with heatmaps where the reward gives maps."""
-    captions = [patient["prompt"] for patient in after]
-    if all(patient["map"] is not None for patient in [*before, *after]):
-        stacks = [
-            torch.stack([patient[key] for patient in side]) for key in ("image", "map") for side in (before, after)
+            for i, prompt in enumerate(batch)
         ]
-        return before_after_grid(*stacks, captions=captions)
-    rows = [[old["image"], new["image"]] for old, new in zip(before, after)]
+    return samples
+
+
+def mean_figures(samples: Sequence[Sample]) -> dict[str, float]:
+    """The mean over the images of each figure of [`examine`]; the figures of no image are an empty dictionary."""
+    names = samples[0].figures if samples else ()
+    return {name: math.fsum(sample.figures[name] for sample in samples) / len(samples) for name in names}
+
+
+def draw(before: Sequence[Sample], after: Sequence[Sample]) -> Image.Image:
+    """One picture of the same prompts and seeds before and after, with heatmaps where the reward gives maps."""
+    captions = [sample.prompt for sample in after]
+    if all(sample.map is not None for sample in [*before, *after]):
+        images = [torch.stack([sample.image for sample in side]) for side in (before, after)]
+        maps = [torch.stack([sample.map for sample in side]) for side in (before, after)]
+        return before_after_grid(*images, *maps, captions=captions)
+    rows = [[old.image, new.image] for old, new in zip(before, after)]
     return image_grid(rows, column_labels=["before", "after"], captions=captions)
-
-
-def overlay(patient: Mapping[str, Any]) -> torch.Tensor | None:
-    """The heatmap over the image of one patient, (3, H, W)."""
-    return None if patient["map"] is None else heatmap_overlay(patient["image"][None], patient["map"][None])[0]
 
 
 def show_in_trackers(callbacks: Sequence[Any], tag: str, picture: Image.Image, step: int) -> None:

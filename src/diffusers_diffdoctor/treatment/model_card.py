@@ -10,6 +10,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers.utils.hub import PushInProgress
 
 from ..evaluation import to_pil
+from .examine import Sample
 
 
 if TYPE_CHECKING:
@@ -83,14 +84,14 @@ def write_model_card(
     card.save(folder / "README.md")
 
 
-def _save_images(folder: Path, before: list[dict[str, Any]], after: list[dict[str, Any]]) -> list[dict[str, str]]:
+def _save_images(folder: Path, before: list[Sample], after: list[Sample]) -> list[dict[str, str]]:
     images = []
     for i, (old, new) in enumerate(zip(before, after)):
         (folder / "images").mkdir(parents=True, exist_ok=True)
         names = {"before": f"images/before_{i}.png", "after": f"images/after_{i}.png"}
-        for side, patient in (("before", old), ("after", new)):
-            to_pil(patient["image"]).save(folder / names[side])
-        images.append({"prompt": new["prompt"].replace("|", "\\|").replace("\n", " "), **names})
+        for side, sample in (("before", old), ("after", new)):
+            to_pil(sample.image).save(folder / names[side])
+        images.append({"prompt": new.prompt.replace("|", "\\|").replace("\n", " "), **names})
     return images
 
 

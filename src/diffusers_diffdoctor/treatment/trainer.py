@@ -40,7 +40,7 @@ from .checkpoint import (
     written_whole,
 )
 from .config import DTYPES, PixelRewardConfig
-from .examine import diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
+from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
 from .losses import offline_loss
 from .model_card import upload, write_model_card
 from .prepare import RewardFunc, add_lora, build_rewards, check_detector, load_pipeline
@@ -164,8 +164,11 @@ class PixelRewardTrainer(Trainer):
         self._latent_cache: dict[int, torch.Tensor] = {}
         self.average: LoraAverage | None = None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._before: dict[str, list[dict[str, Any]]] = {}  # held-out images of the untreated pipeline, by prefix
-        self.before_and_after: tuple[list, list] = ([], [])  # those of the last evaluation that are drawn
+        self._before: dict[str, list[Sample]] = {}  # held-out images of the untreated pipeline, by prefix
+        self.before_and_after: tuple[list[Sample], list[Sample]] = (
+            [],
+            [],
+        )  # those of the last evaluation that are drawn
         self._samples: list[tuple[str, int]] = []  # prompts and seeds since the last update, to name in an error
         self._log_file_is_ours = False
 
@@ -396,21 +399,21 @@ class PixelRewardTrainer(Trainer):
         was_training = self.model.training
         self.model.eval()
         drawn = indices[: args.log_images] if self.is_world_process_zero() else []
-        if [patient["prompt"] for patient in self._before.get(prefix, [])] != [prompts[i] for i in drawn]:
+        if [sample.prompt for sample in self._before.get(prefix, [])] != [prompts[i] for i in drawn]:
             self._before[prefix] = self._examine(prompts, drawn, treated=False)
         mine = self._examine(prompts, indices[rank::world], treated=True)
-        patients = sorted(gather_object(mine), key=lambda patient: patient["seed"])
-        figures = mean_figures(patients)
+        samples = sorted(gather_object(mine), key=lambda sample: sample.seed)
+        figures = mean_figures(samples)
         if self.image_metrics is not None:
             extra = [None]
             if self.is_world_process_zero():
-                extra = [dict(self.image_metrics(torch.stack([patient["image"] for patient in patients]), prompts))]
+                extra = [dict(self.image_metrics(torch.stack([sample.image for sample in samples]), prompts))]
             figures |= broadcast_object_list(extra)[0]
         metrics = {f"{prefix}_{name}": float(value) for name, value in figures.items()}
         metrics |= speed_metrics(prefix, start, num_samples=len(indices))
         self.log(metrics)
         if self.is_world_process_zero() and drawn:
-            before, after = self._before[prefix], patients[: len(drawn)]
+            before, after = self._before[prefix], samples[: len(drawn)]
             self.before_and_after = (before, after)
             picture, step = draw(before, after), self.state.global_step
             folder = Path(args.output_dir, "eval" if prefix == "eval" else prefix.replace("eval_", "eval-"))
@@ -422,7 +425,7 @@ class PixelRewardTrainer(Trainer):
         self.model.train(was_training)
         return metrics
 
-    def _examine(self, prompts: list[str], indices: Sequence[int], treated: bool) -> list[dict[str, Any]]:
+    def _examine(self, prompts: list[str], indices: Sequence[int], treated: bool) -> list[Sample]:
         return examine(
             lambda prompts, seeds: self.generate(prompts, seeds, treated),
             self.score,
