@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""LoRA weights on disk, in the format every diffusers pipeline loads, and checkpoints that are whole or not there."""
+"""Checkpoints that are whole or not there, and the base they belong to."""
 
 import hashlib
 import json
@@ -12,57 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
+
+from .adapter import LORA_FILE
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"  # the name `pipe.load_lora_weights(folder)` looks for
 LIVE_LORA_FILE = "live_lora_weights.safetensors"  # the weights being trained, where the ones above are their average
 RECORD_FILE = "treatment.json"
 STATE_FILE = "trainer_state.json"
-
-
-def save_lora(pipeline: Any, denoiser_name: str, folder: str | os.PathLike, weight_name: str = LORA_FILE) -> None:
-    """Write the denoiser's adapter so that `pipeline.load_lora_weights(folder)` restores it, rank and alpha included."""
-    denoiser = getattr(pipeline, denoiser_name)
-    weights = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(denoiser).items()}
-    metadata = {
-        # sets have no order, so the same adapter would be described otherwise in another process
-        key: sorted(value) if isinstance(value, set) else value
-        for key, value in denoiser.peft_config["default"].to_dict().items()
-    }
-    if hasattr(pipeline, "save_lora_weights"):
-        layers = {f"{denoiser_name}_lora_layers": weights, f"{denoiser_name}_lora_adapter_metadata": metadata}
-        pipeline.save_lora_weights(folder, weight_name=weight_name, **layers)
-    else:
-        denoiser.save_lora_adapter(folder, weight_name=weight_name)
-
-
-def load_lora(denoiser: torch.nn.Module, denoiser_name: str, path: str | os.PathLike) -> None:
-    """Put weights written by [`save_lora`] into the adapter the denoiser already has.
-
-    Raises:
-        ValueError: the adapters have other layers or another rank.
-    """
-    prefix = f"{denoiser_name}."
-    found = {name.removeprefix(prefix): value for name, value in load_file(path).items()}
-    expected = get_peft_model_state_dict(denoiser)
-    differing = [
-        f"{name}: {_shape(found.get(name))} in the file, {_shape(expected.get(name))} here"
-        for name in sorted(found.keys() | expected.keys())
-        if _shape(found.get(name)) != _shape(expected.get(name))
-    ]
-    if differing:
-        raise ValueError(
-            f"The LoRA of {str(path)!r} does not fit this trainer's: {len(differing)} weights differ, the first is "
-            f"{differing[0]}. Use the `peft_config` (or `lora_rank` and `lora_target_modules`) and the pipeline it was "
-            "trained with."
-        )
-    set_peft_model_state_dict(denoiser, found)
-
-
-def _shape(tensor: torch.Tensor | None) -> str:
-    return "missing" if tensor is None else "x".join(map(str, tensor.shape))
 
 
 def describe_base(pipeline: Any, denoiser_name: str) -> dict[str, str]:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Make ready what a treatment needs: the pipeline, the rewards, the adapter. Whatever cannot work is refused here."""
+"""Make ready what a treatment needs: the pipeline and the rewards. Whatever cannot work is refused here."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -9,9 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.training_utils import cast_training_params
 from packaging.version import parse
-from peft import LoraConfig, PeftConfig
 
 from ..rewards import RewardOutput, as_reward
 from .config import PixelRewardConfig
@@ -82,24 +80,3 @@ def check_detector(detector: Any | None, name: str) -> None:
             f"`{name}` has a detector ({type(detector).__name__}) whose map of one 64x64 image has the shape {shape}, "
             "but (1, 1, 64, 64) is needed: one channel, 1 = artifact. Train or convert it with one label."
         )
-
-
-def add_lora(denoiser: torch.nn.Module, args: PixelRewardConfig, peft_config: PeftConfig | None = None) -> PeftConfig:
-    """Give the denoiser a trainable adapter in float32 and return its configuration, by default the one of `args`."""
-    if not hasattr(denoiser, "add_adapter"):
-        raise ValueError(f"`pipeline` cannot be treated: diffusers gives its {type(denoiser).__name__} no LoRA.")
-    if getattr(denoiser, "peft_config", None):
-        raise ValueError(
-            f"`pipeline` already has the adapters {list(denoiser.peft_config)}. Merge them before treatment: "
-            "pipe.fuse_lora(); pipe.unload_lora_weights()."
-        )
-    if peft_config is None:
-        peft_config = LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=list(args.lora_target_modules),
-        )
-    denoiser.add_adapter(peft_config)
-    cast_training_params(denoiser, dtype=torch.float32)  # half precision would swallow small updates
-    return peft_config

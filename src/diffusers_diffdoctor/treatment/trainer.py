@@ -26,24 +26,22 @@ from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_me
 from transformers.utils import logging
 
 from ..rewards import RewardOutput
+from .adapter import LORA_FILE, add_lora, load_lora, save_lora
 from .checkpoint import (
     LIVE_LORA_FILE,
-    LORA_FILE,
     RECORD_FILE,
     STATE_FILE,
     LoraAverage,
     check_same_base,
     describe_base,
     last_checkpoint,
-    load_lora,
-    save_lora,
     written_whole,
 )
 from .config import DTYPES, PixelRewardConfig
 from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
 from .losses import offline_loss
 from .model_card import upload, write_model_card
-from .prepare import RewardFunc, add_lora, build_rewards, check_detector, load_pipeline
+from .prepare import RewardFunc, build_rewards, check_detector, load_pipeline
 from .rollout import DifferentiableRollout
 from .samples import RegularizationImages, derive_seed, read_prompts
 
