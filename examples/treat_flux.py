@@ -35,10 +35,14 @@ from diffusers_diffdoctor import (
     PixelRewardTrainer,
     miniature,
 )
-from diffusers_diffdoctor.evaluation.treatment_report import print_summary, treatment_report
+from diffusers_diffdoctor.evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
 
 
 HERE = Path(__file__).parent
+LOADING_CODE = """\
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({pipeline!r})
+pipe.load_lora_weights({lora!r})"""
 
 
 @dataclass
@@ -234,28 +238,29 @@ def judge_prompts(
     stride = max(1.0, len(dataset) / count)  # fewer images than prompts: from all over the data set, not its beginning
     rows = [dataset[int(i * stride) % len(dataset)] for i in range(count)]
     prompts, seeds = [row["prompt"] for row in rows], [args.eval_seed + i for i in range(count)]
-    # Diversity is a distance between seeds of one prompt; with few images there is one seed for each.
-    features = inputs.features if len(set(prompts)) < count else None
+    categories = [row["category"] for row in rows] if "category" in dataset.column_names else None
+    before, after = trainer.generate(prompts, seeds, treated=False), trainer.generate(prompts, seeds)
+    pairs = ImagePairs(before, after, prompts, seeds, categories)
     # The first judge is the one that counts; the detector that was trained against flatters the result.
     judges = {"judge": inputs.judge, "detector": inputs.detector}
-    return treatment_report(
-        trainer.generate(prompts, seeds, treated=False),
-        trainer.generate(prompts, seeds),
-        prompts,
-        output_dir,
-        judges={name: judge.to(args.device) for name, judge in judges.items() if judge is not None},
-        seeds=seeds,
-        categories=[row["category"] for row in rows] if "category" in dataset.column_names else None,
+    judges = {name: judge.to(args.device) for name, judge in judges.items() if judge is not None}
+    figures = measure(
+        pairs,
+        judges,
         fidelity=inputs.fidelity,
-        features=features,
-        other_categories=other_categories,
-        judge_error_rates=inputs.judge_error_rates,
-        training_log=trainer.state.log_history,
-        lora_dir=args.output_dir,
-        base_model=inputs.pipeline,
-        title=title,
+        # Diversity is a distance between seeds of one prompt; with few images there is one seed for each.
+        features=inputs.features if len(set(prompts)) < count else None,
         batch_size=args.per_device_eval_batch_size,
     )
+    figures["categories"] |= other_categories or {}
+    run = TreatmentRun(
+        lora_dir=args.output_dir,
+        base_model=inputs.pipeline,
+        loading_code=LOADING_CODE.format(pipeline=inputs.pipeline, lora=args.output_dir),
+        judge_error_rates=inputs.judge_error_rates,
+        training_log=trainer.state.log_history,
+    )
+    return render(figures, draw_pairs(pairs, next(iter(judges.values()))), output_dir, run, title)
 
 
 if __name__ == "__main__":

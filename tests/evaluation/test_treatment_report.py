@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""The report of a treatment against figures worked out by hand."""
+"""What a treatment did, against figures worked out by hand; and the report that shows them."""
 
 import io
 import json
@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_diffdoctor.evaluation import print_summary, treatment_report
+from diffusers_diffdoctor.evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
 
 
 class BrightnessJudge:
@@ -31,7 +31,8 @@ CATEGORIES = ["hand", "hand", "face", "face", "dog", "dog"]
 LOG = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
 
 
-RATES = {"misses": 0.03, "false_alarms": 0.02, "scenes": 2000, "misses_by_kind": {"extra": 0.01, "fused": 0.05}}
+LOADING_CODE = 'pipe = DiffusionPipeline.from_pretrained("runs/base")\npipe.load_lora_weights("runs/lora")'
+RATES = {"misses": 0.03, "false_alarms": 0.02, "scenes": 2000, "misses_by_kind": {"extra": 0.01, "fused": None}}
 
 
 def images(reds):
@@ -48,31 +49,28 @@ def fidelity(images, prompts):
     return torch.tensor([100 * float(image[0, 8, 8]) + len(prompt) for image, prompt in zip(images, prompts)])
 
 
+PAIRS = ImagePairs(images(BEFORE), images(AFTER), PROMPTS)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     judges = {"judge": BrightnessJudge(1.0), "detector": BrightnessJudge(0.8)}
-    report = treatment_report(
-        images(BEFORE),
-        images(AFTER),
-        PROMPTS,
-        folder,
-        judges=judges,
-        seeds=range(10, 16),
-        categories=CATEGORIES,
-        fidelity=fidelity,
-        fidelity_name="CLIP score",
-        features=features,
-        judge_error_rates=RATES,
-        training_log=LOG,
-        lora_dir="runs/lora",
-        base_model="runs/base",
-        details={"rank": 16, "nothing": math.nan},
-        batch_size=4,
-        show_progress=False,
+    pairs = ImagePairs(images(BEFORE), images(AFTER), PROMPTS, range(10, 16), CATEGORIES)
+    figures = measure(
+        pairs, judges, fidelity=fidelity, features={"colour": features}, batch_size=4, show_progress=False
     )
     assert judges["judge"].batches == [4, 2, 4, 2]
+    run = TreatmentRun("runs/lora", "runs/base", LOADING_CODE, RATES, LOG, {"rank": 16, "nothing": math.nan})
+    report = render(figures, draw_pairs(pairs, judges["judge"]), folder, run)
+    assert {name: report[name] for name in figures} == figures
     return report, folder
+
+
+def report_of(pairs, folder, **arguments):
+    judge = BrightnessJudge(1.0)
+    figures = measure(pairs, {"judge": judge}, show_progress=False, **arguments)
+    return render(figures, draw_pairs(pairs, judge), folder)
 
 
 def test_frequencies(made):
@@ -115,19 +113,13 @@ def test_diversity_is_within_prompts(made):
     for side, reds in (("before", BEFORE), ("after", AFTER)):
         wanted = sum(abs(reds[i] - reds[i + 1]) for i in (0, 2, 4)) / 3  # the second feature is the same everywhere
         assert made[0]["diversity"][side] == pytest.approx(wanted, rel=1e-4)
-    assert made[0]["diversity_by"] == {}
+    assert made[0]["diversity_by"] == {"colour": made[0]["diversity"]}
 
 
 def test_the_first_of_several_diversities_counts(tmp_path):
-    report = treatment_report(
-        images([0.9, 0.1]),
-        images([0.5, 0.3]),
-        ["a hand", "a hand"],
-        tmp_path,
-        judges={"judge": BrightnessJudge(1.0)},
-        features={"colour": features, "nothing": lambda x: torch.zeros(len(x), 2)},
-        show_progress=False,
-    )
+    pairs = ImagePairs(images([0.9, 0.1]), images([0.5, 0.3]), ["a hand", "a hand"])
+    both = {"colour": features, "nothing": lambda x: torch.zeros(len(x), 2)}
+    report = report_of(pairs, tmp_path, features=both)
     assert report["diversity"] == report["diversity_by"]["colour"]
     assert report["diversity"]["before"] == pytest.approx(0.8) and report["diversity"]["after"] == pytest.approx(0.2)
     assert report["diversity_by"]["nothing"] == {"before": 0, "after": 0}
@@ -164,7 +156,9 @@ def test_files(made):
     assert report["training_log"] == LOG
     assert Image.open(folder / "report.png").width > 4 * 192
     html = (folder / "report.html").read_text(encoding="utf-8")
-    assert "83.3 % → 33.3 %" in html and "CLIP score" in html and "runs/lora" in html
+    assert (
+        "83.3 % → 33.3 %" in html and "Prompt fidelity" in html and "load_lora_weights" in html and "runs/lora" in html
+    )
     assert html.count("data:image/") == 2 and "http" not in html.replace("http-equiv", "")
 
 
@@ -177,62 +171,51 @@ def test_summary_says_how_to_use_the_result(made):
     code = "\n".join(line.strip() for line in lines[-3:])
     compile(code, "summary", "exec")
     assert 'from_pretrained("runs/base")' in code and 'load_lora_weights("runs/lora")' in code
-    errors = "misses 3.0 %, false alarms 2.0 %, scenes 2000, misses by kind (extra 1.0 %, fused 5.0 %)"
+    errors = "misses 3.0 %, false alarms 2.0 %, scenes 2000, misses by kind (extra 1.0 %, fused undefined)"
     assert any(errors in line for line in lines)
     (row,) = [line for line in lines if line.split()[:1] == ["hand"]]
     assert row.split() == ["hand", "100.0", "%", "50.0", "%"]
 
 
-def test_other_categories_are_shown_and_count_nowhere_else(tmp_path):
-    def report(reds, category, folder, others=None):
-        return treatment_report(
-            images(reds),
-            images(reds),
-            ["a prompt"] * len(reds),
-            tmp_path / folder,
-            judges={"judge": BrightnessJudge(1.0)},
-            categories=[category] * len(reds),
-            other_categories=others,
-            show_progress=False,
-        )
+def test_categories_of_other_prompts_are_shown_and_count_nowhere_else(tmp_path):
+    def pairs(reds, category):
+        return ImagePairs(images(reds), images(reds), ["a prompt"] * len(reds), None, [category] * len(reds))
 
-    plain = report([0.3, 0.3], "cup", "plain")
-    whole = report([0.9], "hand", "whole", plain["categories"])
-    assert whole["categories"] == {**report([0.9], "hand", "alone")["categories"], **plain["categories"]}
-    assert whole["artifact_frequency"]["judge"]["before"] == 1 and whole["counts"]["images"] == 1
-    assert json.loads((tmp_path / "whole/report.json").read_text(encoding="utf-8")) == whole
-    assert ">cup</td>" in (tmp_path / "whole/report.html").read_text(encoding="utf-8")
+    judge, whole = BrightnessJudge(1.0), pairs([0.9], "hand")
+    plain = measure(pairs([0.3, 0.3], "cup"), {"judge": judge}, show_progress=False)
+    figures = measure(whole, {"judge": judge}, show_progress=False)
+    figures["categories"] |= plain["categories"]
+    report = render(figures, draw_pairs(whole, judge), tmp_path)
+    assert list(report["categories"]) == ["hand", "cup"]
+    assert report["artifact_frequency"]["judge"]["before"] == 1 and report["counts"]["images"] == 1
+    assert ">cup</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_least_input(tmp_path):
-    report = treatment_report(
-        images([0.9]), images([0.1]), ["a hand"], tmp_path, judges={"judge": BrightnessJudge(1.0)}, show_progress=False
-    )
+    report = report_of(ImagePairs(images([0.9]), images([0.1]), ["a hand"]), tmp_path)
     assert report["artifact_frequency"]["judge"]["before"] == 1
     assert report["fidelity"]["before"] is None and report["diversity"] == {"before": None, "after": None}
     assert report["categories"] == {} and report["judge_error_rates"] is None
     assert not (tmp_path / "curves.png").exists()
-    print_summary(report, file=io.StringIO())
+    text = io.StringIO()
+    print_summary(report, file=text)
+    assert "LoRA" not in text.getvalue() and "Use it" not in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_diversity_from_images_of_its_own(tmp_path):
-    report = treatment_report(
-        images([0.9, 0.8]),
-        images([0.1, 0.2]),
-        ["a hand", "a face"],
-        tmp_path,
-        judges={"judge": BrightnessJudge(1.0)},
-        features=features,
-        diversity_images=(images([0.9, 0.1, 0.4]), images([0.4, 0.4, 0.4])),
-        diversity_groups=[0, 0, 0],
+def test_diversity_from_images_of_its_own():
+    figures = measure(
+        ImagePairs(images([0.9, 0.8]), images([0.1, 0.2]), ["a hand", "a face"]),
+        {"judge": BrightnessJudge(1.0)},
+        features={"colour": features},
+        diversity_pairs=ImagePairs(images([0.9, 0.1, 0.4]), images([0.4, 0.4, 0.4]), ["a dog"] * 3),
         show_progress=False,
     )
-    assert report["diversity"]["after"] == pytest.approx(0, abs=1e-6)
-    assert report["diversity"]["before"] > 0.05
-    assert report["counts"]["diversity_images"] == 3
+    assert figures["diversity"]["after"] == pytest.approx(0, abs=1e-6)
+    assert figures["diversity"]["before"] == pytest.approx((0.8 + 0.5 + 0.3) / 3)
+    assert figures["counts"]["diversity_images"] == 3 and figures["counts"]["images"] == 2
 
 
-def test_a_model_judges_without_dropout_and_is_left_as_it_was(tmp_path):
+def test_a_model_judges_without_dropout_and_is_left_as_it_was():
     class Model(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -243,9 +226,7 @@ def test_a_model_judges_without_dropout_and_is_left_as_it_was(tmp_path):
             return self.dropout(images[:, :1])
 
     model = Model().train()
-    report = treatment_report(
-        images(BEFORE), images(AFTER), PROMPTS, tmp_path, judges={"judge": model}, show_progress=False
-    )
+    report = measure(PAIRS, {"judge": model}, show_progress=False)
     assert report["artifact_frequency"]["judge"]["before"] == pytest.approx(5 / 6)
     assert model.training
 
@@ -255,30 +236,34 @@ def test_a_model_judges_without_dropout_and_is_left_as_it_was(tmp_path):
     [
         ({"after": images(AFTER[:5])}, r"\(6, 3, 16, 16\) and \(5, 3, 16, 16\)"),
         ({"before": images(BEFORE) * 2 - 1}, r"`before` must be floats in \[0, 1\]"),
+        ({"after": (images(AFTER) * 255).byte()}, r"`after` must be floats in \[0, 1\], found torch.uint8"),
         ({"prompts": PROMPTS[:2]}, "`prompts` must have one entry per image, found 2"),
         ({"seeds": [1]}, "`seeds` must have one entry per image, found 1"),
         ({"categories": ["x"]}, "`categories` must have one entry per image, found 1"),
+    ],
+)
+def test_what_is_no_pair_of_images_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        ImagePairs(**({"before": images(BEFORE), "after": images(AFTER), "prompts": PROMPTS} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
         ({"judges": {}}, "`judges` is empty"),
         ({"batch_size": 0}, "`batch_size` must be at least 1"),
-        ({"features": features, "prompts": list("abcdef")}, "every image is a group of its own"),
-        ({"features": features, "diversity_groups": [0, 0]}, "`diversity_groups` must have one label per image"),
+        (
+            {"features": {"colour": features}, "pairs": ImagePairs(images(BEFORE), images(AFTER), list("abcdef"))},
+            "every image has a prompt of its own",
+        ),
         ({"fidelity": lambda images, prompts: torch.zeros(1)}, "1 rows for 6 images"),
     ],
 )
-def test_wrong_input_is_named_before_work_is_done(tmp_path, change, message):
-    arguments = {
-        "before": images(BEFORE),
-        "after": images(AFTER),
-        "prompts": PROMPTS,
-        "output_dir": tmp_path / "report",
-        "judges": {"judge": BrightnessJudge(1.0)},
-        "show_progress": False,
-    }
+def test_what_cannot_be_measured_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        treatment_report(**(arguments | change))
-    assert not (tmp_path / "report" / "report.json").exists()
+        measure(**({"pairs": PAIRS, "judges": {"judge": BrightnessJudge(1.0)}, "show_progress": False} | change))
 
 
-def test_a_judge_has_to_judge(tmp_path):
+def test_a_judge_has_to_judge():
     with pytest.raises(TypeError, match=r"judges\['judge'\].*confidence"):
-        treatment_report(images(BEFORE), images(AFTER), PROMPTS, tmp_path, judges={"judge": fidelity})
+        measure(PAIRS, {"judge": fidelity})

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Measure, show and report: metrics of confidence maps, pictures, HTML reports and the report of a treatment."""
+"""Measure, show and report: metrics of confidence maps, pictures, HTML reports, and what a treatment did."""
 
 from .diagnosis import diagnose_images, find_images
 from .metrics import (
@@ -15,16 +15,20 @@ from .metrics import (
     sharpness,
     wilson_interval,
 )
+from .pairs import ImagePairs, measure
 from .pictures import before_after_grid, heatmap_overlay, image_grid, plot_curves, read_image, to_pil
 from .report import html_report
-from .treatment_report import print_summary, treatment_report
+from .treatment_report import TreatmentRun, draw_pairs, print_summary, render
 
 
 __all__ = [
+    "ImagePairs",
+    "TreatmentRun",
     "area_ratio",
     "artifact_frequency",
     "before_after_grid",
     "diagnose_images",
+    "draw_pairs",
     "error_rates",
     "find_images",
     "heatmap_overlay",
@@ -34,13 +38,14 @@ __all__ = [
     "kl_misses",
     "map_mse",
     "max_confidence",
+    "measure",
     "pairwise_diversity",
     "pixel_change",
     "plot_curves",
     "print_summary",
     "read_image",
+    "render",
     "sharpness",
     "to_pil",
-    "treatment_report",
     "wilson_interval",
 ]

@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 
 
+Z_95 = 1.959964  # standard deviations on either side that hold 95 % of a normal distribution
+
+
 def max_confidence(maps: torch.Tensor) -> torch.Tensor:
     """(B, 1, H, W) -> (B,) in [0, 1]: the confidence of the worst pixel of each image."""
     _check_maps(maps=maps)
@@ -193,7 +196,7 @@ def sharpness(images: torch.Tensor) -> torch.Tensor:
     return F.conv2d(gray, kernel).abs().flatten(1).mean(dim=1)
 
 
-def wilson_interval(successes: int, total: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(successes: int, total: int, z: float = Z_95) -> tuple[float, float]:
     """Confidence interval of a frequency (Wilson 1927), in [0, 1]; `z` is in standard deviations, 1.96 = 95 %.
 
     It holds for independent images; images that share a prompt are not quite independent, and then it is too narrow.
