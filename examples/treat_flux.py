@@ -72,6 +72,20 @@ class ScriptArguments:
     report_images: int = field(
         default=64, metadata={"help": "Images in the report before and after; 0 for no report."}
     )
+    report_seed: int = field(
+        default=1_000_000,
+        metadata={
+            "help": "Image i of the report has the seed report_seed + i; far from eval_seed's, so that no evaluation "
+            "during training has looked at its noise."
+        },
+    )
+    split: str = field(
+        default="final",
+        metadata={
+            "help": "Prompts that the miniature's report is on: final (nothing was tuned on it), or development with the "
+            "seeds from eval_seed on, to compare settings."
+        },
+    )
 
 
 def parse(argv: list[str] | None = None) -> tuple[ScriptArguments, PixelRewardConfig]:
@@ -129,12 +143,13 @@ class Inputs:
     judge_error_rates: dict | None = None
     fidelity: Callable | None = None  # (images, prompts) -> scores (B,)
     features: dict[str, Callable] | None = None  # images -> (B, F), for diversity
+    report_prompts: Dataset | None = None  # what the report is on; `eval_prompts` without them
     plain_prompts: Dataset | None = None  # prompts that never show artifacts and should stay as they are
 
 
 def read_inputs(script: ScriptArguments) -> Inputs:
     if script.pipeline == "miniature":
-        return read_miniature()
+        return read_miniature(script.split)
     prompts, eval_prompts = read_prompts(script)
     regularization = None
     if script.regularization_dataset is not None:
@@ -157,8 +172,10 @@ def miniature_recipe() -> Path:
     return Path(miniature.__file__).with_name("recipe.yaml")
 
 
-def read_miniature() -> Inputs:
+def read_miniature(split: str) -> Inputs:
     """The bundled parts: the same run in a world of 64x64 pixels whose mistakes are known."""
+    if split not in ("final", "development"):
+        raise ValueError(f"`--split` is {split!r}, but must be final or development.")
     from transformers import CLIPModel, CLIPProcessor
 
     from diffusers_diffdoctor.miniature.check import clip_features, pixel_features
@@ -175,14 +192,16 @@ def read_miniature() -> Inputs:
         pipeline=str(miniature.load("pipeline")),
         detector=read_detector(str(miniature.load("detector"))),
         # what shows artifacts is treated; the regularization images show all categories
-        prompts=Dataset.from_list(miniature.prompts(held_out=False, categories=PRONE_CATEGORIES)),
-        eval_prompts=Dataset.from_list(miniature.prompts(held_out=True, categories=PRONE_CATEGORIES)),
+        prompts=Dataset.from_list(miniature.prompts("train", PRONE_CATEGORIES)),
+        # an evaluation during training may choose a checkpoint, which the final prompts must not do
+        eval_prompts=Dataset.from_list(miniature.prompts("development", PRONE_CATEGORIES)),
+        report_prompts=Dataset.from_list(miniature.prompts(split, PRONE_CATEGORIES)),
         regularization=miniature.regularization_dataset(),
         judge=MiniatureJudge.from_pretrained(miniature.load("judge")).float().eval(),
         judge_error_rates=json.loads((miniature.load("judge") / "error_rates.json").read_text()),
         fidelity=clip,
         features={"pixels": pixel_features, "CLIP": partial(clip_features, clip)},
-        plain_prompts=Dataset.from_list(miniature.prompts(held_out=True, categories=PLAIN_CATEGORIES)),
+        plain_prompts=Dataset.from_list(miniature.prompts(split, PLAIN_CATEGORIES)),
     )
 
 
@@ -190,7 +209,10 @@ def main() -> None:
     script, args = parse()
     try:
         inputs = read_inputs(script)
-    except FileNotFoundError as error:  # its message says what to do; a launcher's traceback would bury it
+    except (
+        FileNotFoundError,
+        ValueError,
+    ) as error:  # its message says what to do; a launcher's traceback would bury it
         raise SystemExit(f"error: {error}") from error
     trainer = PixelRewardTrainer(
         pipeline=inputs.pipeline,
@@ -205,23 +227,24 @@ def main() -> None:
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     if script.report_images and trainer.is_world_process_zero():
-        report(trainer, inputs, script.report_images)
+        # the development split keeps the noise that settings have been compared on
+        seed = args.eval_seed if script.split == "development" else script.report_seed
+        report(trainer, inputs, script.report_images, seed)
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
 
 
-def report(trainer: PixelRewardTrainer, inputs: Inputs, count: int) -> None:
+def report(trainer: PixelRewardTrainer, inputs: Inputs, count: int, seed: int) -> None:
     """Generate held-out prompts with and without the LoRA, judge them, write report.html, .json and .png."""
     output_dir = Path(trainer.args.output_dir)
     plain = {}
     if inputs.plain_prompts is not None:
         title = "Prompts that had no artifacts to treat"
         plain_count = max(1, count // 8)
-        plain = judge_prompts(trainer, inputs, inputs.plain_prompts, plain_count, output_dir / "plain", title)
-    results = judge_prompts(
-        trainer, inputs, inputs.eval_prompts, count, output_dir, "Treatment", plain.get("categories")
-    )
+        plain = judge_prompts(trainer, inputs, inputs.plain_prompts, plain_count, seed, output_dir / "plain", title)
+    prompts = inputs.eval_prompts if inputs.report_prompts is None else inputs.report_prompts
+    results = judge_prompts(trainer, inputs, prompts, count, seed, output_dir, "Treatment", plain.get("categories"))
     print_summary(results)
 
 
@@ -230,6 +253,7 @@ def judge_prompts(
     inputs: Inputs,
     dataset: Dataset,
     count: int,
+    seed: int,
     output_dir: Path,
     title: str,
     other_categories: dict | None = None,
@@ -237,7 +261,7 @@ def judge_prompts(
     args = trainer.args
     stride = max(1.0, len(dataset) / count)  # fewer images than prompts: from all over the data set, not its beginning
     rows = [dataset[int(i * stride) % len(dataset)] for i in range(count)]
-    prompts, seeds = [row["prompt"] for row in rows], [args.eval_seed + i for i in range(count)]
+    prompts, seeds = [row["prompt"] for row in rows], [seed + i for i in range(count)]
     categories = [row["category"] for row in rows] if "category" in dataset.column_names else None
     before, after = trainer.generate(prompts, seeds, treated=False), trainer.generate(prompts, seeds)
     pairs = ImagePairs(before, after, prompts, seeds, categories)

@@ -98,8 +98,9 @@ def test_the_miniature_from_its_parts_to_the_report(example, tmp_path, monkeypat
     assert set(report["categories"]) == set(CATEGORIES)
     prone = [image["category"] for image in report["images"]]
     assert len(prone) == 80 and set(prone) == set(PRONE_CATEGORIES)  # the plain ones count in no frequency
-    held_out = {row["prompt"] for row in miniature.prompts(held_out=True)}
-    assert {image["prompt"] for image in report["images"]} <= held_out
+    final = {row["prompt"] for row in miniature.prompts("final")}
+    assert {image["prompt"] for image in report["images"]} <= final
+    assert min(image["seed"] for image in report["images"]) == 1_000_000
     for name in ("judge", "detector"):
         assert 0 <= report["artifact_frequency"][name]["after"] <= 1
     for figure in ("fidelity", "diversity"):

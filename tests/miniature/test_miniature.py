@@ -8,7 +8,7 @@ from diffusers_diffdoctor import miniature
 from diffusers_diffdoctor.cli.main import main
 from diffusers_diffdoctor.miniature import build
 from diffusers_diffdoctor.miniature.judge import MiniatureJudge
-from diffusers_diffdoctor.miniature.renderer import PLAIN_CATEGORIES, all_prompts
+from diffusers_diffdoctor.miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES, all_prompts
 
 
 def test_unknown_and_missing_parts_are_named(monkeypatch, tmp_path):
@@ -19,16 +19,23 @@ def test_unknown_and_missing_parts_are_named(monkeypatch, tmp_path):
         miniature.load("judge")
 
 
-def test_regularization_scenes_are_of_no_held_out_combination():
+def test_splits_have_no_prompt_in_common():
+    prompts = [row["prompt"] for split in miniature.SPLITS for row in miniature.prompts(split)]
+    assert sorted(prompts) == sorted(row["prompt"] for row in all_prompts())
+    for split in ("development", "final"):
+        assert len(miniature.prompts(split, PRONE_CATEGORIES)) == 72
+    assert {row["category"] for row in miniature.prompts("final", PLAIN_CATEGORIES)} == set(PLAIN_CATEGORIES)
+    with pytest.raises(ValueError, match="`split` is 'test', but must be one of"):
+        miniature.prompts("test")
+
+
+def test_regularization_scenes_are_of_the_training_split():
     dataset = miniature.regularization_dataset(40)
-    held_out = {row["prompt"] for row in miniature.prompts(held_out=True)}
-    allowed = {row["prompt"] for row in miniature.prompts(held_out=False)}
+    allowed = {row["prompt"] for row in miniature.prompts("train")}
     assert len(dataset) == 40 and set(dataset["prompt"]) <= allowed
-    assert not allowed & held_out and len(allowed | held_out) == 432
     assert dataset[0]["image"].size == (64, 64)
     again = miniature.regularization_dataset(40)
     assert np.array_equal(np.asarray(dataset[39]["image"]), np.asarray(again[39]["image"]))
-    assert {row["category"] for row in miniature.prompts(True, PLAIN_CATEGORIES)} == set(PLAIN_CATEGORIES)
 
 
 def test_rendered_scenes_are_an_image_folder(tmp_path, capsys):

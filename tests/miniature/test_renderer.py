@@ -1,5 +1,6 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -13,9 +14,9 @@ from diffusers_diffdoctor.miniature.renderer import (
     _placement,
     _spoil,
     all_prompts,
-    is_held_out,
     render,
     sample_scene,
+    split_of,
 )
 
 
@@ -133,10 +134,20 @@ def test_captions_are_distinct_and_name_every_attribute():
         assert all(row[key] in words for key in ("category", "color", "background", "style"))
 
 
-def test_held_out_combinations_leave_every_value_to_train_on():
-    rows = all_prompts()
-    kept = [r for r in rows if not is_held_out(r["category"], r["color"], r["background"])]
-    held = [r for r in rows if is_held_out(r["category"], r["color"], r["background"])]
-    assert len(held) == len(rows) // 4
-    for key in ("category", "color", "background"):
-        assert {r[key] for r in kept} == {r[key] for r in held} == {r[key] for r in rows}
+def test_every_split_has_every_value_and_training_every_pair():
+    rows = all_prompts(PRONE_CATEGORIES)
+    splits = {split: [] for split in ("train", "development", "final")}
+    for row in rows:
+        splits[split_of(row["category"], row["color"], row["background"])].append(row)
+    assert {name: len(part) / len(rows) for name, part in splits.items()} == {
+        "train": 0.5,
+        "development": 0.25,
+        "final": 0.25,
+    }
+    for part in splits.values():
+        for key in ("category", "color", "background", "style"):
+            assert {row[key] for row in part} == {row[key] for row in rows}
+    for pair in combinations(("category", "color", "background"), 2):
+        assert {tuple(row[key] for key in pair) for row in splits["train"]} == {
+            tuple(row[key] for key in pair) for row in rows
+        }

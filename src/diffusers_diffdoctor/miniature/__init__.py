@@ -2,7 +2,8 @@
 """The whole paper in miniature: a small world with ground truth, a pipeline that draws it wrong, a detector and a judge.
 
 Scenes of 64x64 pixels show hands, faces, persons, dogs, houses and cups; see `renderer` for how they go wrong. The bundled
-parts are real classes of diffusers and transformers, small enough for a CPU; see `build` for how they were trained.
+parts are real classes of diffusers and transformers, small enough for a CPU. `build` trains such parts from random
+weights; the bundled ones learned by its settings in several stages, which docs/experiments.md of the repository lists.
 """
 
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("pipeline", "detector", "judge", "clip")
+SPLITS = ("train", "development", "final")
 
 
 def load(part: str) -> Path:
@@ -34,22 +36,28 @@ def load(part: str) -> Path:
     return folder
 
 
-def prompts(held_out: bool, categories: tuple[str, ...] | None = None) -> list[dict[str, str]]:
-    """Captions with their attributes, in a fixed order.
+def prompts(split: str, categories: tuple[str, ...] | None = None) -> list[dict[str, str]]:
+    """Captions with their attributes, in a fixed order. The splits have no combination of category, colour and background
+    in common.
 
     Args:
-        held_out: those of the combinations of category, colour and background that are kept from treatment (a quarter of
-            all), or the others.
+        split: "train" (half of all combinations), "development" (a quarter: what settings are compared on) or "final" (a
+            quarter: what is reported, and nothing is tuned on).
         categories: only these; all six by default.
-    """
-    from .renderer import CATEGORIES, all_prompts, is_held_out
 
+    Raises:
+        ValueError: there is no such split.
+    """
+    from .renderer import CATEGORIES, all_prompts, split_of
+
+    if split not in SPLITS:
+        raise ValueError(f"`split` is {split!r}, but must be one of {list(SPLITS)}.")
     rows = all_prompts(categories or CATEGORIES)
-    return [row for row in rows if is_held_out(row["category"], row["color"], row["background"]) is held_out]
+    return [row for row in rows if split_of(row["category"], row["color"], row["background"]) == split]
 
 
 def regularization_dataset(count: int = 768, seed: int = 0):
-    """Right scenes with their captions, none of a held-out combination: what photographs are to a full-size pipeline.
+    """Right scenes with captions of the training split: what photographs are to a full-size pipeline.
 
     Returns:
         A [`~datasets.Dataset`] with the columns `image` and `prompt`.
@@ -61,7 +69,7 @@ def regularization_dataset(count: int = 768, seed: int = 0):
     from .renderer import render, sample_scene
 
     rng = np.random.default_rng([seed, 7])
-    allowed = prompts(held_out=False)
+    allowed = prompts("train")
     rows = {"image": [], "prompt": []}
     for _ in range(count):
         row = allowed[rng.integers(len(allowed))]

@@ -124,14 +124,14 @@ def clip_features(clip: ClipScore, images: torch.Tensor) -> torch.Tensor:
 
 
 def scene_diversity(clip: ClipScore, seeds: int = 8) -> dict:
-    """Diversity of rendered scenes of the prone held-out prompts: all `right`, and `wrong` as often as the pipeline saw them.
+    """Diversity of rendered scenes: all of them `right`, or `wrong` as often as those the pipeline learned from.
 
-    Mistakes make scenes differ, so a treatment that did nothing but remove them would lower the diversity by as much.
+    The prompts are the prone ones of the development split. Mistakes make scenes differ, so a treatment that did nothing but remove them would lower the diversity by as much.
     """
     result = {}
     for name, wrong_share in (("wrong", WRONG_SHARE), ("right", 0.0)):
         rng = np.random.default_rng(SEED)
-        rows = [row for row in prompts(held_out=True, categories=PRONE_CATEGORIES) for _ in range(seeds)]
+        rows = [row for row in prompts("development", categories=PRONE_CATEGORIES) for _ in range(seeds)]
         drawn = [
             render(
                 sample_scene(
@@ -158,7 +158,7 @@ def check(folder: str | Path = WEIGHTS, seeds: int = 2, scenes: int = 2000) -> d
 
     Args:
         folder: holds the parts, as `build` leaves them.
-        seeds: samples for each held-out prompt.
+        seeds: samples for each prompt of the development split.
         scenes: fresh scenes for the VAE and the error rates.
     """
     folder = Path(folder)
@@ -169,7 +169,7 @@ def check(folder: str | Path = WEIGHTS, seeds: int = 2, scenes: int = 2000) -> d
         CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32),
         CLIPProcessor.from_pretrained(folder / "clip"),
     )
-    rows = prompts(held_out=True) * seeds
+    rows = prompts("development") * seeds
     images = samples(pipeline, rows, seed=5000)
     drawn, rendered, reproduced = fresh_scenes(pipeline.vae, scenes)
     result = {
@@ -198,7 +198,7 @@ def check(folder: str | Path = WEIGHTS, seeds: int = 2, scenes: int = 2000) -> d
 def rates_on_samples(confidence: Callable, pipeline: FluxPipeline, folder: Path) -> dict:
     """Error rates on samples of the untreated pipeline that a person labelled; see `eye_labels.json` beside the parts."""
     labels = json.loads((folder / EYE_LABELS).read_text())
-    rows = prompts(held_out=True, categories=PRONE_CATEGORIES)[: len(labels["wrong"])]
+    rows = prompts("development", categories=PRONE_CATEGORIES)[: len(labels["wrong"])]
     scores = max_confidence(confidence(samples(pipeline, rows, labels["seed"])))
     rates = error_rates(scores, torch.tensor(labels["wrong"], dtype=torch.bool))
     return {

@@ -140,10 +140,14 @@ def all_prompts(categories: tuple[str, ...] = CATEGORIES) -> list[dict[str, str]
     return rows
 
 
-def is_held_out(category: str, color: str, background: str) -> bool:
-    """Whether this combination is kept from treatment: one of four backgrounds for each category and colour."""
+def split_of(category: str, color: str, background: str) -> str:
+    """Where this combination belongs: "train", "development" or "final".
+
+    For each category and colour, two of the four backgrounds are trained on, one is for development and one for the final
+    figures, so that training sees every pair of values, and the splits no combination twice.
+    """
     index = CATEGORIES.index(category) + list(COLORS).index(color) + list(BACKGROUNDS).index(background)
-    return index % len(BACKGROUNDS) == 0
+    return ("development", "train", "final", "train")[index % len(BACKGROUNDS)]
 
 
 def sample_scene(
