@@ -3,7 +3,7 @@ import pytest
 import torch
 from fixtures.segformer import tiny_detector
 
-from diffusers_diffdoctor.rewards import ArtifactReward, CombinedReward, RewardOutput, as_reward, pixel_penalty
+from diffusers_diffdoctor.rewards import ArtifactReward, pixel_penalty
 
 
 def random_maps(seed=0):
@@ -124,67 +124,3 @@ def test_detector_stays_frozen_and_in_evaluation_mode():
     reward(images, ["", ""]).loss.sum().backward()
     assert images.grad.abs().sum() > 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def brightness(images, prompts):
-    return images.flatten(1).mean(dim=1)
-
-
-def test_what_is_accepted_as_a_reward():
-    images = torch.rand(2, 3, 4, 4, requires_grad=True)
-    reward = as_reward(Redness(), selection="max", threshold=0.3)
-    assert isinstance(reward, ArtifactReward) and reward.selection == "max" and reward.threshold == 0.3
-    assert as_reward(reward) is reward
-    output = as_reward(brightness)(images, ["", ""])
-    torch.testing.assert_close(output.loss, -brightness(images, None))
-    torch.testing.assert_close(output.score, brightness(images, None))
-    assert output.map is None and output.loss.requires_grad
-    verdict = RewardOutput(loss=torch.zeros(2), score=torch.ones(2))
-    assert as_reward(lambda images, prompts: verdict)(images, ["", ""]) is verdict
-    for wrong in (3, "detector", None, torch.nn.Linear):
-        with pytest.raises(TypeError, match="A reward must be a detector"):
-            as_reward(wrong)
-
-
-@pytest.mark.parametrize(
-    ("answer", "error", "message"),
-    [
-        (torch.zeros(3), ValueError, r"shape \(2,\), got \(3,\)"),
-        (torch.tensor(0.0), ValueError, r"shape \(2,\), got \(\)"),
-        (0.5, TypeError, "must return a RewardOutput or a tensor"),
-        (RewardOutput(torch.zeros(1), torch.zeros(1)), ValueError, "1 losses for 2 images"),
-    ],
-)
-def test_wrong_answers_name_the_reward(answer, error, message):
-    def my_reward(images, prompts):
-        return answer
-
-    with pytest.raises(error, match=message) as caught:
-        as_reward(my_reward)(torch.zeros(2, 3, 4, 4), ["", ""])
-    assert "my_reward" in str(caught.value)
-    with pytest.raises(ValueError, match="both of shape"):
-        RewardOutput(loss=torch.tensor(0.0), score=torch.tensor(0.0))
-
-
-def test_combination():
-    images = torch.rand(2, 3, 4, 4)
-    combined = CombinedReward([brightness, Redness()], weights=[0.5, 2.0])(images, ["", ""])
-    torch.testing.assert_close(combined.loss, -0.5 * brightness(images, None) + 2 * pixel_penalty(images[:, :1]))
-    torch.testing.assert_close(
-        combined.score, 0.5 * brightness(images, None) + 2 * (1 - images[:, 0].flatten(1).max(1).values)
-    )
-    assert torch.equal(combined.map, images[:, :1])
-    assert CombinedReward([brightness])(images, ["", ""]).map is None
-    for arguments, message in [
-        (([],), "rewards is empty"),
-        (([brightness], [1, 2]), "2 weights for 1 rewards"),
-        (([brightness], [float("nan")]), "finite"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            CombinedReward(*arguments)
-
-
-def test_combination_moves_all_its_models():
-    model = tiny_detector()
-    CombinedReward([model, brightness]).to(torch.float64)
-    assert model.dtype == torch.float64

@@ -45,7 +45,7 @@ def test_prompts(tmp_path, dataset, error, message):
         ({"reward_funcs": TwoChannels()}, ValueError, "whose map of one 64x64 image has the shape (1, 2, 64, 64)"),
         ({"judge": TwoChannels()}, ValueError, "`judge` has a detector (TwoChannels) whose map"),
         ({"reward_funcs": "detector"}, TypeError, "A reward must be a detector"),
-        ({"reward_funcs": []}, ValueError, "`reward_weights` has 0 entries for 0 `reward_funcs`"),
+        ({"reward_funcs": []}, ValueError, "No reward was given"),
         ({"judge": object()}, TypeError, "`judge` is a object, but must have a method `confidence(images)`"),
         ({"eval_dataset": {"hands": []}}, ValueError, "`eval_dataset['hands']` is empty"),
         ({"regularization_dataset": rows(["a cup"])}, ValueError, '`regularization_dataset` has no column "image"'),
@@ -88,7 +88,7 @@ def test_other_arguments_than_ours(tmp_path):
 
 
 def test_weights_that_do_not_match_the_rewards(tmp_path):
-    with pytest.raises(ValueError, match="`reward_weights` has 2 entries for 1 `reward_funcs`"):
+    with pytest.raises(ValueError, match="`reward_weights` has 2 entries for 1 rewards"):
         tiny_trainer(tmp_path, reward_weights=[1.0, 2.0])
 
 

@@ -2,8 +2,9 @@
 """What scores a generated image: the artifact penalty per pixel, and image-level scorers."""
 
 from .artifact import ArtifactReward, pixel_penalty
-from .base import CombinedReward, RewardOutput, as_reward
+from .base import RewardOutput
 from .clip import ClipScore
+from .combined import CombinedReward, as_reward
 
 
 __all__ = ["ArtifactReward", "ClipScore", "CombinedReward", "RewardOutput", "as_reward", "pixel_penalty"]

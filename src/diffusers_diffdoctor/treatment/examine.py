@@ -15,9 +15,6 @@ from ..evaluation.report import Figure, Picture, Section, html_report
 from ..rewards import RewardOutput
 
 
-Score = Callable[[torch.Tensor, Sequence[str]], tuple[RewardOutput, Mapping[str, torch.Tensor]]]
-
-
 @dataclass
 class Sample:
     """One generated image and what was found in it; its tensors lie on the CPU.
@@ -50,7 +47,7 @@ def diagnose_maps(maps: torch.Tensor, prefix: str = "") -> dict[str, torch.Tenso
 @torch.no_grad()
 def examine(
     generate: Callable[[list[str], list[int]], torch.Tensor],
-    score: Score,
+    reward: Callable[[torch.Tensor, Sequence[str]], RewardOutput],
     judge: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
@@ -62,9 +59,8 @@ def examine(
     for start in range(0, len(prompts), batch_size):
         batch, numbers = list(prompts[start : start + batch_size]), list(seeds[start : start + batch_size])
         images = generate(batch, numbers).to(device).float()
-        output, scores = score(images, batch)
-        figures = {"reward": output.score}
-        figures |= {f"rewards/{name}": value for name, value in scores.items()} if len(scores) > 1 else {}
+        output = reward(images, batch)
+        figures = {"reward": output.score} | {f"rewards/{name}": score for name, score in output.parts.items()}
         if output.map is not None:
             figures |= diagnose_maps(output.map)
         if judge is not None:

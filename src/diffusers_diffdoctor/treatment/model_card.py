@@ -64,7 +64,8 @@ def write_model_card(
     recipe += [("height x width", f"{trainer.rollout.height} x {trainer.rollout.width} pixels")]
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else sorted(adapter.target_modules)
     recipe += [("LoRA", f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {targets}")]
-    recipe += [("rewards", ", ".join(f"{weight:g} x {name}" for name, (_, weight) in trainer.rewards.items()))]
+    weighted = zip(trainer.reward.weights, trainer.reward.names)
+    recipe += [("rewards", ", ".join(f"{weight:g} x {name}" for weight, name in weighted))]
     recipe += [("updates", trainer.state.global_step), ("processes", args.world_size)]
     card = ModelCard.from_template(
         data,

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from packaging.version import parse
 
-from ..rewards import RewardOutput, as_reward
+from ..rewards import CombinedReward, RewardOutput
 from .config import PixelRewardConfig
 
 
@@ -47,23 +47,14 @@ def _from_pretrained(pipeline: str | os.PathLike, dtype: torch.dtype) -> Diffusi
         raise ValueError(f"`pipeline` is {str(pipeline)!r}, which cannot be loaded: {error}") from error
 
 
-def build_rewards(
-    funcs: RewardFunc | list[RewardFunc], args: PixelRewardConfig
-) -> dict[str, tuple[torch.nn.Module, float]]:
-    """One function or several -> {name: (reward, weight)}."""
+def build_reward(funcs: RewardFunc | list[RewardFunc], args: PixelRewardConfig) -> CombinedReward:
+    """One function or several, with the weights and the pixel selection of the configuration."""
     funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
-    weights = args.reward_weights or [1.0] * len(funcs)
-    if not funcs or len(weights) != len(funcs):
-        raise ValueError(
-            f"`reward_weights` has {len(weights)} entries for {len(funcs)} `reward_funcs`. Give one for each."
-        )
-    rewards = {}
-    for func, weight in zip(funcs, weights):
-        reward = as_reward(func, selection=args.pixel_selection, threshold=args.pixel_threshold)
-        check_detector(getattr(reward, "detector", None), "reward_funcs")
-        name = getattr(reward, "__name__", type(reward).__name__)
-        rewards[name if name not in rewards else f"{name}_{len(rewards)}"] = (reward, weight)
-    return rewards
+    selection = {"selection": args.pixel_selection, "threshold": args.pixel_threshold}
+    reward = CombinedReward(funcs, args.reward_weights, **selection)
+    for part in reward.rewards:
+        check_detector(getattr(part, "detector", None), "reward_funcs")
+    return reward
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from transformers.utils import logging
 
-from ..rewards import RewardOutput
 from .adapter import LORA_FILE, add_lora, load_lora, save_lora
 from .checkpoint import (
     LIVE_LORA_FILE,
@@ -41,7 +40,7 @@ from .config import DTYPES, PixelRewardConfig
 from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
 from .losses import offline_loss
 from .model_card import upload, write_model_card
-from .prepare import RewardFunc, build_rewards, check_detector, load_pipeline
+from .prepare import RewardFunc, build_reward, check_detector, load_pipeline
 from .rollout import DifferentiableRollout
 from .samples import RegularizationImages, derive_seed, read_prompts
 
@@ -138,7 +137,7 @@ class PixelRewardTrainer(Trainer):
             name: read_prompts(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
             for name, dataset in _named(eval_dataset).items()
         }
-        self.rewards = build_rewards(reward_funcs, args)
+        self.reward = build_reward(reward_funcs, args)
         if judge is not None and not callable(getattr(judge, "confidence", None)):
             raise TypeError(f"`judge` is a {type(judge).__name__}, but must have a method `confidence(images)`.")
         check_detector(judge, "judge")
@@ -185,7 +184,7 @@ class PixelRewardTrainer(Trainer):
                 "LoRA. Launch with plain data parallelism, see examples/accelerate/multi_gpu.yaml."
             )
         self.pipeline.to(args.device)
-        for module in [*(reward for reward, _ in self.rewards.values()), self.judge]:
+        for module in [self.reward, self.judge]:
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval().to(args.device)
         if self.regularization is not None:
@@ -267,7 +266,7 @@ class PixelRewardTrainer(Trainer):
         seeds = [derive_seed(args.seed, "rollout", position) for position in inputs["position"]]
         regularization = self._regularization_batch(inputs["offline_position"])
         rollout = model(prompts=prompts, seeds=seeds, drift=args.drift_weight > 0, **regularization)
-        reward, scores = self.score(rollout.images.float(), prompts)
+        reward = self.reward(rollout.images.float(), prompts)
         self._stop_if_not_finite("pixel", reward.loss, prompts, seeds)
         # DDP averages the gradients of the processes, so each takes its sum times their number over the count of all.
         world = self.accelerator.num_processes
@@ -282,23 +281,12 @@ class PixelRewardTrainer(Trainer):
             self._stop_if_not_finite("offline", offline, prompts, seeds)
             loss = loss + args.offline_weight * offline.mean() / self.current_gradient_accumulation_steps
             metrics["loss/offline"] = offline
-        metrics |= {f"rewards/{name}": value for name, value in scores.items()} if len(scores) > 1 else {}
+        metrics |= {f"rewards/{name}": score for name, score in reward.parts.items()}
         metrics |= diagnose_maps(reward.map.detach()) if reward.map is not None else {}
         for name, values in metrics.items():
             self._metrics["train"][name].append(values.detach().float().mean())
         self._samples += zip(prompts, seeds)
         return (loss, rollout) if return_outputs else loss
-
-    def score(self, images: torch.Tensor, prompts: Sequence[str]) -> tuple[RewardOutput, dict[str, torch.Tensor]]:
-        """Images (B, 3, H, W) in [0, 1] -> the weighted sum of the rewards, with the first map, and each one's scores (B,)."""
-        outputs = {name: reward(images, prompts) for name, (reward, _) in self.rewards.items()}
-        weights = [weight for _, weight in self.rewards.values()]
-        total = RewardOutput(
-            loss=sum(weight * output.loss for weight, output in zip(weights, outputs.values())),
-            score=sum(weight * output.score.detach() for weight, output in zip(weights, outputs.values())),
-            map=next((output.map for output in outputs.values() if output.map is not None), None),
-        )
-        return total, {name: output.score.detach() for name, output in outputs.items()}
 
     def _regularization_batch(self, positions: list[int]) -> dict[str, Any]:
         if self.regularization is None:
@@ -426,7 +414,7 @@ class PixelRewardTrainer(Trainer):
     def _examine(self, prompts: list[str], indices: Sequence[int], treated: bool) -> list[Sample]:
         return examine(
             lambda prompts, seeds: self.generate(prompts, seeds, treated),
-            self.score,
+            self.reward,
             self.judge,
             [prompts[i] for i in indices],
             [self.args.eval_seed + i for i in indices],

@@ -1,0 +1,111 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""What is accepted as a reward, and several of them with weights."""
+
+import pytest
+import torch
+from fixtures.segformer import tiny_detector
+
+from diffusers_diffdoctor.rewards import ArtifactReward, CombinedReward, RewardOutput, as_reward, pixel_penalty
+
+
+class Redness:
+    """The map is the red channel."""
+
+    def confidence(self, images):
+        return images[:, :1]
+
+
+def brightness(images, prompts):
+    return images.flatten(1).mean(dim=1)
+
+
+def test_what_is_accepted_as_a_reward():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    reward = as_reward(Redness(), selection="max", threshold=0.3)
+    assert isinstance(reward, ArtifactReward) and reward.selection == "max" and reward.threshold == 0.3
+    assert as_reward(reward) is reward
+    output = as_reward(brightness)(images, ["", ""])
+    torch.testing.assert_close(output.loss, -brightness(images, None))
+    torch.testing.assert_close(output.score, brightness(images, None))
+    assert output.map is None and output.loss.requires_grad
+    verdict = RewardOutput(loss=torch.zeros(2), score=torch.ones(2))
+    assert as_reward(lambda images, prompts: verdict)(images, ["", ""]) is verdict
+    for wrong in (3, "detector", None, torch.nn.Linear):
+        with pytest.raises(TypeError, match="A reward must be a detector"):
+            as_reward(wrong)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (torch.zeros(3), ValueError, r"shape \(2,\), got \(3,\)"),
+        (torch.tensor(0.0), ValueError, r"shape \(2,\), got \(\)"),
+        (0.5, TypeError, "must return a RewardOutput or a tensor"),
+        (RewardOutput(torch.zeros(1), torch.zeros(1)), ValueError, "1 losses for 2 images"),
+    ],
+)
+def test_wrong_answers_name_the_reward(answer, error, message):
+    def my_reward(images, prompts):
+        return answer
+
+    with pytest.raises(error, match=message) as caught:
+        as_reward(my_reward)(torch.zeros(2, 3, 4, 4), ["", ""])
+    assert "my_reward" in str(caught.value)
+    with pytest.raises(ValueError, match="both of shape"):
+        RewardOutput(loss=torch.tensor(0.0), score=torch.tensor(0.0))
+
+
+def test_a_combination_is_the_weighted_sum():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    output = CombinedReward([brightness, Redness()], weights=[0.5, 2.0])(images, ["", ""])
+    red = images[:, :1]
+    torch.testing.assert_close(output.loss, -0.5 * brightness(images, None) + 2 * pixel_penalty(red))
+    sound = 1 - red.flatten(1).max(1).values
+    torch.testing.assert_close(output.score, (0.5 * brightness(images, None) + 2 * sound).detach())
+    assert torch.equal(output.map, red)
+    assert list(output.parts) == ["brightness", "artifact"]
+    torch.testing.assert_close(output.parts["brightness"], brightness(images, None).detach())
+    torch.testing.assert_close(output.parts["artifact"], sound.detach())
+    assert not output.score.requires_grad and output.loss.requires_grad
+
+
+def test_the_weights_are_one_without_any():
+    images = torch.rand(2, 3, 4, 4)
+    output = CombinedReward([brightness])(images, ["", ""])
+    torch.testing.assert_close(output.loss, -brightness(images, None))
+    assert output.map is None and output.parts == {}
+
+
+def test_the_pixel_selection_reaches_the_detectors():
+    images = torch.rand(2, 3, 4, 4)
+    output = CombinedReward([Redness()], selection="max", threshold=0.3)(images, ["", ""])
+    torch.testing.assert_close(output.loss, images[:, 0].flatten(1).max(1).values)
+
+
+def test_every_reward_keeps_a_name_of_its_own():
+    def brightness_1(images, prompts):
+        return images[:, 0].mean(dim=(1, 2))
+
+    combined = CombinedReward([brightness, brightness_1, brightness, brightness])
+    assert combined.names == ["brightness", "brightness_1", "brightness_2", "brightness_3"]
+    assert list(combined(torch.rand(1, 3, 4, 4), [""]).parts) == combined.names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([],), "No reward was given"),
+        (([brightness], [1, 2]), "2 entries for 1 rewards"),
+        (([brightness, brightness], [1]), "1 entries for 2 rewards"),
+        (([brightness], [float("nan")]), "finite, found"),
+    ],
+)
+def test_weights_that_cannot_work_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        CombinedReward(*arguments)
+
+
+def test_combination_moves_all_its_models():
+    model = tiny_detector()
+    CombinedReward([model, brightness]).to(torch.float64)
+    assert model.dtype == torch.float64
