@@ -8,22 +8,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.trainer import HELD_OUT, lora_of, rows, tiny_detector, tiny_trainer
+from fixtures.trainer import HELD_OUT, lora_of, rows, scatter, tiny_detector, tiny_trainer
 
 
 TESTS = Path(__file__).parents[1]
-# SGD, so that a gradient of half the size would be seen. Evaluation in between switches the LoRA off and on.
+# SGD without clipping, so that a gradient of half the size would be seen, and a LoRA that changes something from the start,
+# so that the drift has its share in it. Evaluation in between switches the LoRA off and on.
 RUN = {
     "max_steps": 3,
     "gradient_accumulation_steps": 2,
     "optim": "sgd",
-    "learning_rate": 1.0,
-    "max_grad_norm": 0.02,
+    "learning_rate": 10.0,
+    "max_grad_norm": 0.0,
     "eval_strategy": "steps",
     "eval_steps": 1,
     "log_images": 2,
     "ema_decay": 0.5,
-    "drift_weight": 3.0,
+    "drift_weight": 30.0,
     "save_strategy": "steps",
     "save_steps": 2,
 }
@@ -32,11 +33,12 @@ PARTS = {"eval_dataset": rows(HELD_OUT), "compute_metrics": lambda images, promp
 PROCESS = """
 import sys
 import torch
-from fixtures.trainer import lora_of, tiny_detector, tiny_trainer
+from fixtures.trainer import lora_of, scatter, tiny_detector, tiny_trainer
 from test_trainer_distributed import PARTS, RUN
 
 trainer = tiny_trainer(sys.argv[1], parts=PARTS | {"judge": tiny_detector(7)}, per_device_train_batch_size=1, **RUN)
 assert trainer.accelerator.num_processes == 2 and torch.distributed.get_backend() == "gloo"
+scatter(trainer)
 start = lora_of(trainer)
 trainer.train(*sys.argv[2:])
 trainer.save_model()
@@ -61,6 +63,7 @@ def both(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     ranks = launch(folder)
     one = tiny_trainer(folder / "one", parts=PARTS | {"judge": tiny_detector(7)}, per_device_train_batch_size=2, **RUN)
+    scatter(one)
     start = lora_of(one)
     one.train()
     return folder, ranks, {"start": start, "end": lora_of(one), "log": one.state.log_history}

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from fixtures.trainer import HELD_OUT, PROMPTS, assert_same, lora_of, rows, tiny_detector, tiny_trainer
+from fixtures.trainer import HELD_OUT, PROMPTS, assert_same, lora_of, rows, tiny_detector, tiny_trainer, trained_names
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -166,10 +166,11 @@ def test_the_model_card_says_what_was_done(tmp_path):
 
 def test_generate_takes_the_lora_away_and_brings_it_back(tmp_path):
     trainer = tiny_trainer(tmp_path, learning_rate=0.3)
+    trained = trained_names(trainer)
     untouched = trainer.generate(PROMPTS[:2], [0, 1])
     trainer.train()
     treated = trainer.generate(PROMPTS[:2], [0, 1])
     assert (treated - untouched).abs().max() > 1e-4
     assert torch.equal(trainer.generate(PROMPTS[:2], [0, 1], treated=False), untouched)
     assert torch.equal(trainer.generate(PROMPTS[:2], [0, 1]), treated)
-    assert all(parameter.requires_grad for parameter in trainer.trained_parameters) and trainer.trained_parameters
+    assert trained_names(trainer) == trained and len(trained) == len(lora_of(trainer))

@@ -6,7 +6,17 @@ import json
 import pytest
 import torch
 from fixtures.pipelines import tiny_flux, tiny_sdxl
-from fixtures.trainer import PROMPTS, assert_same, lora_of, photos, rows, tiny_detector, tiny_trainer
+from fixtures.trainer import (
+    PROMPTS,
+    assert_same,
+    lora_of,
+    photos,
+    rows,
+    scatter,
+    tiny_detector,
+    tiny_trainer,
+    trained_names,
+)
 from peft import LoraConfig
 
 from diffusers_diffdoctor import DifferentiableRollout
@@ -84,28 +94,76 @@ def test_two_updates_are_those_of_a_loop_written_by_hand(tmp_path):
     assert_same(frozen, after)
 
 
+def one_update(folder, parts=None, **changes):
+    """What one step of plain SGD does to a LoRA that changes something already, which is its gradient; and what is logged."""
+    settings = {"optim": "sgd", "learning_rate": 100.0, "max_grad_norm": 0.0, "max_steps": 1}
+    settings |= {"train_sampling_strategy": "sequential", "drift_weight": 0.0, "offline_weight": 0.0}
+    trainer = tiny_trainer(folder, parts=parts, **(settings | changes))
+    scatter(trainer)
+    start = lora_of(trainer)
+    trainer.train()
+    return {name: value - start[name] for name, value in lora_of(trainer).items()}, trainer.state.log_history[0]
+
+
+def length(update):
+    return sum(value.square().sum() for value in update.values()).sqrt().item()
+
+
+def assert_close(update, expected):
+    difference = {name: value - expected[name] for name, value in update.items()}
+    assert length(difference) < 1e-3 * length(expected), (length(difference), length(expected))
+
+
+def test_an_update_is_the_weighted_sum_of_those_of_its_losses(tmp_path):
+    detector = {"reward_funcs": tiny_detector()}
+    pixel, logged = one_update(tmp_path / "pixel", detector)
+    red, logged_red = one_update(tmp_path / "red", {"reward_funcs": redness})
+    with_offline, logged_offline = one_update(tmp_path / "offline", detector, offline_weight=1.0)
+    with_drift, logged_drift = one_update(tmp_path / "drift", detector, drift_weight=1.0)
+    offline = {name: value - pixel[name] for name, value in with_offline.items()}
+    drift = {name: value - pixel[name] for name, value in with_drift.items()}
+
+    weights = {
+        "reward_weights": [2.0, 3.0],
+        "pixel_weight": 0.5,
+        "offline_weight": 0.5 * length(pixel) / length(offline),
+        "drift_weight": 0.5 * length(pixel) / length(drift),
+    }
+    update, line = one_update(tmp_path / "all", {"reward_funcs": [tiny_detector(), redness]}, **weights)
+    expected = {
+        name: 0.5 * (2 * pixel[name] + 3 * red[name])
+        + weights["offline_weight"] * offline[name]
+        + weights["drift_weight"] * drift[name]
+        for name in pixel
+    }
+    assert_close(update, expected)
+    parts = {
+        "loss/pixel": 2 * logged["loss/pixel"] + 3 * logged_red["loss/pixel"],
+        "loss/offline": logged_offline["loss/offline"],
+        "loss/drift": logged_drift["loss/drift"],
+        "reward": 2 * logged["reward"] + 3 * logged_red["reward"],
+        "rewards/artifact": logged["reward"],
+        "rewards/redness": logged_red["reward"],
+    }
+    assert {name: line[name] for name in parts} == pytest.approx(parts, rel=1e-4)
+    total = 0.5 * parts["loss/pixel"] + sum(weights[f"{k}_weight"] * parts[f"loss/{k}"] for k in ("offline", "drift"))
+    assert line["loss"] == pytest.approx(total, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     "prompts, batch, accumulation", [(PROMPTS[:6], 2, 3), (PROMPTS[:5], 2, 3)], ids=["even", "uneven"]
 )
 def test_gradient_accumulation_is_the_mean_over_all_samples(tmp_path, prompts, batch, accumulation):
     """Also where the last batch is smaller: its samples weigh no more than the others. SGD shows the gradient as it is."""
     parts = {"train_dataset": rows(prompts), "regularization_dataset": photos() if len(prompts) == 6 else None}
-    common = {"optim": "sgd", "max_steps": 1, "max_grad_norm": 0.0, "train_sampling_strategy": "sequential"}
-    whole = tiny_trainer(tmp_path / "1", parts=parts, per_device_train_batch_size=len(prompts), **common)
-    start = lora_of(whole)
-    whole.train()
-    parts_of_it = tiny_trainer(
-        tmp_path / "2",
-        parts=parts,
-        per_device_train_batch_size=batch,
-        gradient_accumulation_steps=accumulation,
-        **common,
-    )
-    parts_of_it.train()
-    for name, value in lora_of(whole).items():
-        torch.testing.assert_close(lora_of(parts_of_it)[name], value, rtol=1e-4, atol=1e-8)
-    assert max((value - start[name]).abs().max() for name, value in lora_of(whole).items()) > 1e-6
-    assert parts_of_it.state.log_history[0]["loss"] == pytest.approx(whole.state.log_history[0]["loss"], rel=1e-4)
+    weights = {"offline_weight": 0.25, "drift_weight": 30.0}
+    whole, line = one_update(tmp_path / "1", parts, per_device_train_batch_size=len(prompts), **weights)
+    split = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+    update, split_line = one_update(tmp_path / "2", parts, **split, **weights)
+    assert_close(update, whole)
+    assert split_line["loss"] == pytest.approx(line["loss"], rel=1e-4)
+    without_drift, _ = one_update(tmp_path / "3", parts, **split, offline_weight=0.25)
+    assert length({name: value - update[name] for name, value in without_drift.items()}) > 0.1 * length(update)
 
 
 def test_every_image_scores_better_after_treatment(tmp_path):
@@ -117,15 +175,6 @@ def test_every_image_scores_better_after_treatment(tmp_path):
     after = redness(trainer.generate(PROMPTS[:4], seeds), None)
     assert (after > before + 0.002).all()
     assert torch.equal(redness(trainer.generate(PROMPTS[:4], seeds, treated=False), None), before)
-
-
-def test_several_rewards_are_summed_with_weights(tmp_path):
-    parts = {"reward_funcs": [tiny_detector(), redness], "regularization_dataset": None}
-    trainer = tiny_trainer(tmp_path, parts=parts, reward_weights=[1.0, 3.0], max_steps=1, pixel_weight=2.0)
-    trainer.train()
-    line = trainer.state.log_history[0]
-    assert line["reward"] == pytest.approx(line["rewards/artifact"] + 3 * line["rewards/redness"], rel=1e-5)
-    assert line["loss"] == pytest.approx(2 * line["loss/pixel"], rel=1e-5)
 
 
 def test_a_unet_is_treated_too(tmp_path):
@@ -201,13 +250,14 @@ def test_the_drift_loss_holds_a_treatment_to_the_untreated_model(tmp_path):
     distance = {}
     for weight in (0.0, 1e6):
         trainer = tiny_trainer(tmp_path / str(weight), parts=parts, drift_weight=weight, **settings)
+        trained = trained_names(trainer)
         trainer.train()
         change = trainer.generate(PROMPTS, seeds) - trainer.generate(PROMPTS, seeds, treated=False)
         distance[weight] = change.square().mean().item()
         logged = [entry["loss/drift"] for entry in trainer.state.log_history if "loss/drift" in entry]
         if weight:
             assert logged[0] == 0 and logged[1] > 0  # a new LoRA changes nothing yet
-            assert all(parameter.requires_grad for parameter in trainer.trained_parameters)
+            assert trained_names(trainer) == trained and len(trained) == len(lora_of(trainer))
         else:
             assert not logged
     assert distance[1e6] < 0.5 * distance[0.0]
