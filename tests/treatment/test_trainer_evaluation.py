@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import EarlyStoppingCallback
 
+from diffusers_diffdoctor.treatment.examine import write_training_report
+
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 3}
 
@@ -70,11 +72,23 @@ def test_pictures_log_and_report(tmp_path):
     assert lines == trainer.state.log_history
     assert [line["step"] for line in lines if "eval_judge_artifact_frequency" in line] == [0, 1, 2]
     html = (tmp_path / "training_report.html").read_text()
-    assert "data:image/" in html and "Step 2" in html and "by the judge" in html
+    assert "data:image/" in html and "Step 2" in html and "untreated → step 2, by the judge" in html
+    judged = [line["eval_judge_artifact_frequency"] for line in lines if "eval_judge_artifact_frequency" in line]
+    assert f"{judged[0]:.1%} → {judged[-1]:.1%}" in html
     (events,) = (tmp_path / "runs").iterdir()
     log = EventAccumulator(str(events), size_guidance={"images": 0}).Reload()
     assert [event.step for event in log.Images("eval/images")] == [0, 1, 2]
     assert "train/loss/pixel" in log.Tags()["scalars"] and "eval/max_confidence" in log.Tags()["scalars"]
+
+
+def test_the_training_report_says_which_steps_it_compares(tmp_path):
+    """Without `eval_on_start` its first figure is that of a pipeline already treated."""
+    log = [{"step": step, "eval_reward": reward} for step, reward in ((5, -0.153), (10, -0.2), (20, -0.091))]
+    html = write_training_report(tmp_path, log, "Treatment").read_text()
+    assert "-0.153 → -0.091" in html and "step 5 → step 20" in html and "untreated" not in html
+    assert 'class="figure good"' in html
+    worse = write_training_report(tmp_path, log[::-1], "Treatment").read_text()
+    assert 'class="figure bad"' in worse
 
 
 def test_the_best_lora_is_kept_and_training_stops_when_it_gets_worse(tmp_path):

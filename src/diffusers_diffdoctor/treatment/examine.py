@@ -106,25 +106,21 @@ def show_in_trackers(callbacks: Sequence[Any], tag: str, picture: Image.Image, s
 
 
 def write_training_report(output_dir: str | Path, log_history: Sequence[Mapping[str, Any]], title: str) -> Path:
-    """`training_report.html`: how the figures moved, the curves, the pictures of the evaluations, the newest first."""
+    """`training_report.html`: how the figures moved from the first evaluation to the last, the curves, the newest pictures."""
     output_dir = Path(output_dir)
-    evaluations = [entry for entry in log_history if any(key.startswith("eval_") for key in entry)]
     figures = []
     for name in ("artifact_frequency", "judge_artifact_frequency", "max_confidence", "reward"):
-        values = [entry[f"eval_{name}"] for entry in evaluations if f"eval_{name}" in entry]
+        values = [(row["step"], row[f"eval_{name}"]) for row in log_history if f"eval_{name}" in row]
         if values:
-            lower_is_better = name != "reward"
-            tone = (
-                "plain"
-                if values[-1] == values[0]
-                else "good"
-                if (values[-1] < values[0]) == lower_is_better
-                else "bad"
-            )
+            (first_step, first), (last_step, last) = values[0], values[-1]
+            better = first < last if name == "reward" else last < first
             shape = "{:.1%} → {:.1%}" if "frequency" in name else "{:.3f} → {:.3f}"
-            judged_by = "by the judge" if name.startswith("judge_") else "by the rewards that are trained against"
             label = name.removeprefix("judge_").replace("_", " ").capitalize()
-            figures.append(Figure(label, shape.format(values[0], values[-1]), judged_by, tone))
+            judged_by = "by the judge" if name.startswith("judge_") else "by the rewards that are trained against"
+            # a fresh LoRA changes nothing, so step 0 is the untreated pipeline, which later steps are not
+            steps = f"{f'step {first_step}' if first_step else 'untreated'} → step {last_step}"
+            tone = "plain" if first == last else "good" if better else "bad"
+            figures.append(Figure(label, shape.format(first, last), f"{steps}, {judged_by}", tone))
     sections = []
     curves = plot_curves(log_history, output_dir / "curves.png")
     if curves is not None:
