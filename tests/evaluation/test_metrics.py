@@ -161,3 +161,17 @@ def test_wrong_shapes_are_named(function):
 def test_maps_of_two_sizes_are_refused(function):
     with pytest.raises(ValueError, match=r"`predicted` \(1, 1, 4, 4\), `target` \(1, 1, 8, 8\)"):
         function(torch.zeros(1, 1, 4, 4), torch.zeros(1, 1, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.full((1, 1, 4, 4), 1.5), -torch.rand(1, 1, 4, 4), torch.full((1, 1, 4, 4), math.nan)]
+)
+@pytest.mark.parametrize("function", [metrics.max_confidence, metrics.area_ratio, metrics.artifact_frequency])
+def test_logits_are_no_maps(function, wrong):
+    with pytest.raises(ValueError, match=r"`maps` must be artifact maps in \[0, 1\]"):
+        function(wrong)
+
+
+def test_no_map_is_no_average():
+    with pytest.raises(ValueError, match=r"found \(0, 1, 4, 4\)"):
+        metrics.artifact_frequency(torch.zeros(0, 1, 4, 4))

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Measure, show and report: metrics of confidence maps, pictures, HTML reports, and what a treatment did."""
 
+from pathlib import Path
+
 from .diagnosis import diagnose_images, find_images
 from .metrics import (
     area_ratio,
@@ -21,7 +23,11 @@ from .report import html_report
 from .treatment_report import TreatmentRun, draw_pairs, print_summary, render
 
 
+# for `evaluate.load`
+ARTIFACT_MAP_METRIC = str(Path(__file__).with_name("artifact_map_metric.py"))
+
 __all__ = [
+    "ARTIFACT_MAP_METRIC",
     "ImagePairs",
     "TreatmentRun",
     "area_ratio",

@@ -1,8 +1,9 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Figures of merit as small pure functions.
 
-Shapes: images (B, 3, H, W) and artifact maps (B, 1, H, W), both floats in [0, 1]; 1 = artifact. Functions that return
-(B,) give one figure per image, so that images of different sizes can be averaged with equal weight.
+Shapes: images (B, 3, H, W) and artifact maps (B, 1, H, W), both floats in [0, 1]; 1 = artifact. Maps of another shape or
+range, and none at all, are a `ValueError`. A figure that is undefined, because it is over no image or pixel, is nan.
+Functions that return (B,) give one figure per image, so that images of different sizes can be averaged with equal weight.
 
 "The paper" is DiffDoctor, arXiv 2501.12382. It gives neither the formulas of its KL columns nor the rule behind
 "artifact frequency"; where a choice is ours, the docstring says so.
@@ -211,8 +212,14 @@ def wilson_interval(successes: int, total: int, z: float = Z_95) -> tuple[float,
 
 def _check_maps(**maps: torch.Tensor) -> None:
     for name, value in maps.items():
-        if value.ndim != 4 or value.shape[1] != 1:
+        if value.ndim != 4 or value.shape[1] != 1 or value.numel() == 0:
             raise ValueError(f"`{name}` must be artifact maps of shape (B, 1, H, W), found {tuple(value.shape)}.")
+        low, high = value.aminmax()
+        if not (0 <= low and high <= 1):  # nan is refused too
+            raise ValueError(
+                f"`{name}` must be artifact maps in [0, 1], found values in [{low:.3g}, {high:.3g}]. Pass confidences, not "
+                "logits; 8-bit maps are divided by 255."
+            )
     if len({tuple(value.shape) for value in maps.values()}) > 1:
         shapes = ", ".join(f"`{name}` {tuple(value.shape)}" for name, value in maps.items())
         raise ValueError(f"The maps must have one shape, found {shapes}.")
