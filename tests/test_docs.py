@@ -41,22 +41,29 @@ def test_links_and_names_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert {link for link in links if link} <= {page.stem for page in PAGES}
-    names = re.findall(r"\[`~?(?:diffusers_diffdoctor\.)?(\w+)(?:\.\w+)*`\]", text) + re.findall(
-        r"\[\[autodoc\]\] (\w+)", text
-    )
+    names = re.findall(r"\[`~?(?:diffusers_diffdoctor\.)?(\w+)(?:\.\w+)*`\]", text)
     assert set(names) <= PUBLIC
     files = re.findall(r"`((?:src|tests|docs|examples)/[\w./]+)`", text)
     assert [path for path in files if not (ROOT / path).exists()] == []
 
 
 def documented() -> list[tuple[str, str]]:
-    """(public name, its listed methods) of every entry that doc-builder turns into API documentation."""
-    pattern = r"\[\[autodoc\]\] (\w+)\n((?:    - \w+\n)*)"
+    """(name, its listed methods) of every entry that doc-builder turns into API documentation."""
+    pattern = r"\[\[autodoc\]\] ([\w.]+)\n((?:    - \w+\n)*)"
     return [entry for page in PAGES for entry in re.findall(pattern, page.read_text("utf-8"))]
 
 
 def test_every_public_name_is_documented_once():
-    assert sorted(name for name, _ in documented()) == sorted(PUBLIC - {"__version__"})
+    names = [name for name, _ in documented()]
+    assert sorted(name for name in names if "." not in name) == sorted(PUBLIC - {"__version__"})
+    assert len(set(names)) == len(names)
+
+
+def test_what_is_documented_exists_and_explains_itself():
+    for name in (name for name, _ in documented() if "." in name):
+        module, _, attribute = name.rpartition(".")
+        module = importlib.import_module(f"diffusers_diffdoctor.{module}")
+        assert attribute in module.__all__ and getattr(module, attribute).__doc__, name
 
 
 def test_documented_methods_exist_and_explain_themselves():
