@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .adapter import LORA_FILE
+from .adapter import lora_files, plain_values
 
 
 LIVE_LORA_FILE = "live_lora_weights.safetensors"  # the weights being trained, where the ones above are their average
@@ -24,14 +24,12 @@ STATE_FILE = "trainer_state.json"
 def describe_base(pipeline: Any, denoiser_name: str) -> dict[str, str]:
     """What tells one base from another: name, class and a digest of the denoiser. Call it before an adapter is added.
 
-    The digest covers the name, shape and first values of each weight, rounded to bfloat16, so that it does not depend on
+    The digest covers the name, shape and a few values of each weight, rounded to bfloat16, so that it does not depend on
     the floating-point type the pipeline was loaded in, nor on where the folder lies.
     """
     digest = hashlib.sha256()
     for name, weight in sorted(getattr(pipeline, denoiser_name).state_dict().items()):
-        sample = (
-            weight.flatten()[:4].detach().to("cpu", torch.bfloat16).tolist() if weight.device.type != "meta" else []
-        )
+        sample = [value.to("cpu", torch.bfloat16).tolist() for value in plain_values(weight, 4)]
         digest.update(f"{name} {tuple(weight.shape)} {sample}\n".encode())
     return {
         "pipeline": str(getattr(pipeline, "name_or_path", "") or ""),
@@ -106,7 +104,8 @@ def last_checkpoint(output_dir: str | os.PathLike) -> str:
         int(match[1]): path
         for path in (Path(output_dir).iterdir() if Path(output_dir).is_dir() else ())
         if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))
-        and all((path / name).is_file() for name in (LORA_FILE, RECORD_FILE, STATE_FILE))
+        and lora_files(path)
+        and all((path / name).is_file() for name in (RECORD_FILE, STATE_FILE))
     }
     if not found:
         raise ValueError(

@@ -79,10 +79,11 @@ class PixelRewardConfig(TrainingArguments):
             Scale of the LoRA; equal to the rank without it, because some user interfaces ignore alpha.
         lora_dropout (`float`, *optional*, defaults to `0.0`):
             Dropout before the LoRA layers, in [0, 1).
-        lora_target_modules (`list[str]`, *optional*, defaults to `["to_q", "to_k", "to_v", "to_out.0"]`):
-            Ends of the names of the layers that get an adapter: the attention projections (paper: attention; this list is
-            the release's). In FLUX they cover the image tokens of the double blocks and all tokens of the single blocks;
-            add `add_q_proj add_k_proj add_v_proj to_add_out` for the text tokens of the double blocks.
+        lora_target_modules (`list[str]`, *optional*):
+            Ends of the names of the layers that get an adapter. Without it they are found: the query, key, value and output
+            projections of the denoiser's attention (paper: attention). For most models, FLUX and SDXL among them, that is
+            `to_q to_k to_v to_out.0` (release); in FLUX it covers the image tokens of the double blocks and all tokens of
+            the single blocks, and adding `add_q_proj add_k_proj add_v_proj to_add_out` the text tokens of the double blocks.
         ema_decay (`float`, *optional*):
             Decay per step, in (0, 1), of an exponential moving average of the LoRA weights. With it, evaluation and
             the saved LoRA use the average.
@@ -168,9 +169,9 @@ class PixelRewardConfig(TrainingArguments):
     lora_rank: int = field(default=16, metadata={"help": "Rank of the LoRA (paper: 16)."})
     lora_alpha: int | None = field(default=None, metadata={"help": "Scale of the LoRA; the rank without it."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the LoRA layers."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"],
-        metadata={"help": "Ends of the names of the layers that get an adapter."},
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Ends of the names of the layers that get an adapter; those of the attention without it."},
     )
     ema_decay: float | None = field(
         default=None,
@@ -278,7 +279,13 @@ class PixelRewardConfig(TrainingArguments):
         _require(self, "pixel_selection", self.pixel_selection in PIXEL_SELECTIONS, f"one of {PIXEL_SELECTIONS}")
         _require(self, "pixel_threshold", 0 <= self.pixel_threshold < 1, "in [0, 1)")
         _require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
-        _require(self, "lora_target_modules", len(self.lora_target_modules) > 0, "at least one name of a layer")
+        targets = self.lora_target_modules
+        _require(
+            self,
+            "lora_target_modules",
+            targets is None or len(targets) > 0,
+            "at least one name of a layer, or left out",
+        )
         _require(self, "ema_decay", self.ema_decay is None or 0 < self.ema_decay < 1, "in (0, 1), or left out")
         _require(self, "log_images", self.log_images >= 0, "at least 0")
         _require(

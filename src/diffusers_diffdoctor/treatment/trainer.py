@@ -25,7 +25,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from transformers.utils import logging
 
-from .adapter import LORA_FILE, add_lora, load_lora, save_lora
+from .adapter import add_lora, load_lora, lora_files, save_lora
 from .checkpoint import (
     LIVE_LORA_FILE,
     RECORD_FILE,
@@ -209,7 +209,7 @@ class PixelRewardTrainer(Trainer):
             offline_guidance_scale=args.offline_guidance_scale,
         )
         self.base = describe_base(self.pipeline, rollout.denoiser_name)
-        self.peft_config = add_lora(rollout.denoiser, args, peft_config)
+        self.peft_config = add_lora(self.pipeline, rollout.denoiser_name, args, peft_config)
         if args.gradient_checkpointing:
             rollout.enable_gradient_checkpointing()
         rollout.vae_gradient_checkpointing = args.vae_gradient_checkpointing
@@ -532,7 +532,7 @@ class PixelRewardTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         folder, denoiser, name = Path(resume_from_checkpoint), self.rollout.denoiser, self.rollout.denoiser_name
-        load_lora(denoiser, name, folder / LORA_FILE)
+        load_lora(denoiser, name, folder)
         if self.average is not None:
             self.average.copy_from_parameters()
             if (folder / LIVE_LORA_FILE).is_file():
@@ -540,7 +540,7 @@ class PixelRewardTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         logger.info(f"Loading the best LoRA, of {self.state.best_model_checkpoint} ({self.state.best_metric}).")
-        load_lora(self.rollout.denoiser, self.rollout.denoiser_name, Path(self.state.best_model_checkpoint, LORA_FILE))
+        load_lora(self.rollout.denoiser, self.rollout.denoiser_name, self.state.best_model_checkpoint)
         if self.average is not None:
             self.average.copy_from_parameters()
 
@@ -574,7 +574,8 @@ class PixelRewardTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self.is_world_process_zero() and self.args.hub_strategy != "end":
-            shutil.copy(Path(checkpoint_folder, LORA_FILE), self.args.output_dir)
+            for file in lora_files(checkpoint_folder):
+                shutil.copy(file, self.args.output_dir)
             self.create_model_card()
             upload(self, checkpoint_folder)
 
