@@ -55,6 +55,7 @@ setup(
             "**/*.md",
             "**/*.html",
             "**/*.yaml",
+            "treatment/recipes/*.txt",
             "miniature/weights/**/*",
         ]
     },

@@ -69,8 +69,10 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result["diagnosed"] else 1
 
 
-def load_detector(name: str, device: str | None = None):
+def load_detector(name: str, device: str | None = None, argument: str = "--detector"):
     """The detector of a Hub id, a folder, or "miniature", on the device, in evaluation mode.
+
+    `argument` is what errors call the name.
 
     Raises:
         ValueError: there is a model, but not a detector of this package; or the device does not exist.
@@ -96,13 +98,13 @@ def load_detector(name: str, device: str | None = None):
         config, _ = PreTrainedConfig.get_config_dict(location)
     except OSError as error:
         raise OSError(
-            f"`--detector {name}` is neither a folder with a config.json nor a model that the Hub gives out. To use "
+            f"`{argument} {name}` is neither a folder with a config.json nor a model that the Hub gives out. To use "
             f"the weights of the paper's authors, convert them with `diffdoctor convert-detector`. ({error})"
         ) from error
     found, expected = config.get("model_type"), ArtifactDetectorConfig.model_type
     if found != expected:
         raise ValueError(
-            f"`--detector {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. "
+            f"`{argument} {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. "
             "Train one, or convert the authors' release with `diffdoctor convert-detector`."
         )
     return ArtifactDetectorForSemanticSegmentation.from_pretrained(location, dtype=torch.float32).to(device).eval()

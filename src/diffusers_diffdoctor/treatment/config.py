@@ -171,7 +171,9 @@ class PixelRewardConfig(TrainingArguments):
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before the LoRA layers."})
     lora_target_modules: list[str] | None = field(
         default=None,
-        metadata={"help": "Ends of the names of the layers that get an adapter; those of the attention without it."},
+        metadata={
+            "help": "Ends of the names of the layers that get an adapter; those of the attention without it (paper)."
+        },
     )
     ema_decay: float | None = field(
         default=None,
@@ -200,7 +202,9 @@ class PixelRewardConfig(TrainingArguments):
     # --- other defaults than those of `TrainingArguments`
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate (paper: 1e-4)."})
     lr_scheduler_type: str = field(default="constant", metadata={"help": "The learning rate schedule."})
-    per_device_train_batch_size: int = field(default=4, metadata={"help": "Images per device and forward pass."})
+    per_device_train_batch_size: int = field(
+        default=4, metadata={"help": "Images per device and forward pass (release: 4)."}
+    )
     per_device_eval_batch_size: int = field(default=4, metadata={"help": "Images per device in evaluation."})
     logging_steps: float = field(
         default=10, metadata={"help": "Updates between two logs; below 1, a share of all updates."}

@@ -1,0 +1,386 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""`diffdoctor treat`: train a LoRA against an artifact detector, then judge the same seeds before and after it.
+
+The examples `treat_flux.py`, `treat_sdxl.py` and `treat_kolors.py` are this script with the defaults of their pipeline. What a run
+needs is an argument: one of `ScriptArguments` below or of `PixelRewardConfig`, on the command line or in a recipe. What is left
+out: training the detector (see the quick tour for where to get one). Nothing here asks which pipeline it treats.
+
+One process:
+    diffdoctor treat --config sdxl --detector detector/ --output_dir sdxl-treated
+Eight GPUs:
+    accelerate launch --config_file examples/accelerate/multi_gpu.yaml -m diffusers_diffdoctor.cli.treat --config sdxl ...
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import yaml
+from datasets import Dataset
+from trl import TrlParser
+
+from .. import miniature
+from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
+from ..treatment import PixelRewardConfig, PixelRewardTrainer
+from ..treatment.prompt_files import distinct, hold_out, read_prompt_file
+from .diagnose import load_detector
+
+
+RECIPES = Path(__file__).parents[1] / "treatment/recipes"
+PROMPTS = RECIPES / "prompts.txt"
+DETECTOR = "diffdoctor/detector"
+LOADING_CODE = """\
+from diffusers import DiffusionPipeline
+pipe = DiffusionPipeline.from_pretrained({pipeline!r})
+pipe.load_lora_weights({lora!r})"""
+
+
+@dataclass
+class ScriptArguments:
+    """What to treat and with what. Names are ids on the Hub or local paths."""
+
+    pipeline: str = field(
+        default="black-forest-labs/FLUX.1-schnell",
+        metadata={"help": "Pipeline to treat; `miniature` is the bundled one, with its own of all that follows."},
+    )
+    detector: str | None = field(
+        default=None, metadata={"help": f"Artifact detector to train against; {DETECTOR} without it."}
+    )
+    judge: str | None = field(default=None, metadata={"help": "Second detector, only to judge the result."})
+    prompts: str | None = field(
+        default=None,
+        metadata={
+            "help": "Training prompts: a .txt, .csv, .jsonl or .json file, a folder or a data set; those that come with "
+            "the package without it."
+        },
+    )
+    eval_prompts: str | None = field(
+        default=None,
+        metadata={"help": "Held-out prompts, likewise; without it every tenth training prompt is held out."},
+    )
+    regularization_dataset: str | None = field(
+        default=None, metadata={"help": "Images with prompts to stay close to: an image folder or a data set."}
+    )
+    prompt_column: str = field(
+        default="prompt",
+        metadata={
+            "help": "Column of the prompts in these files and data sets; `prompt` is taken where there is none."
+        },
+    )
+    report_images: int = field(
+        default=64, metadata={"help": "Images in the report before and after; 0 for no report."}
+    )
+    report_seed: int = field(
+        default=1_000_000,
+        metadata={
+            "help": "Image i of the report has the seed report_seed + i; far from eval_seed's, so that no evaluation "
+            "during training has looked at its noise."
+        },
+    )
+    split: str = field(
+        default="final",
+        metadata={
+            "help": "Prompts of the miniature's report: final (nothing was tuned on it), or development with the seeds "
+            "from eval_seed on, to compare settings."
+        },
+    )
+
+
+# --- arguments ---------------------------------------------------------------------------------------------------------------
+
+
+class Parser(TrlParser):
+    """Flags of the two dataclasses, grouped by where their defaults come from; refuses what it does not know."""
+
+    GROUPS = {
+        "run": "what to treat, and the report",
+        "paper": "settings of the paper (arXiv 2501.12382)",
+        "release": "settings of the authors' release",
+        "ours": "settings of ours, which the paper leaves open",
+        "transformers": "settings of transformers.TrainingArguments",
+    }
+
+    def __init__(self, prog: str | None = None):
+        self._groups: dict[str, argparse._ArgumentGroup] = {}
+        super().__init__(
+            (ScriptArguments, PixelRewardConfig),
+            prog=prog,
+            usage="%(prog)s --output_dir DIR [--config RECIPE] [--ARGUMENT VALUE ...]",
+            description="Train a LoRA against an artifact detector, then judge the same seeds before and after it. Flags "
+            "win over the recipe, which wins over the defaults.",
+            allow_abbrev=False,
+        )
+        # `TrlParser` takes it out of the arguments before it parses; here it is for `--help`
+        self.add_argument(
+            "--config", metavar="RECIPE", help=f"YAML file of arguments, or one of {', '.join(recipes())}"
+        )
+
+    def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
+        for name, title in self.GROUPS.items():  # in this order, whatever the order of the fields
+            if name not in self._groups:
+                self._groups[name] = self.add_argument_group(title)
+        super()._parse_dataclass_field(self._groups[source_of(field)], field)
+
+    def parse(self, argv: list[str]) -> tuple[ScriptArguments, PixelRewardConfig]:
+        script, args, _, unknown = self.parse_args_and_config(argv, return_remaining_strings=True)
+        if unknown:
+            self._refuse(unknown)
+        return script, args
+
+    def _refuse(self, unknown: list[str]) -> NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        lines = []
+        for flag in [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown:
+            close = [option for option in known if option.startswith(flag)] or difflib.get_close_matches(flag, known)
+            lines.append(f"there is no argument {flag}" + (f", did you mean {close[0]}?" if close else "."))
+        self.error(" ".join(lines))
+
+
+def source_of(field: dataclasses.Field) -> str:
+    """The group of an argument, by what its help says of the default."""
+    if field.name in ScriptArguments.__annotations__:
+        return "run"
+    if field.name not in PixelRewardConfig.__annotations__:
+        return "transformers"
+    named = re.search(r"\b(paper|release)\b", field.metadata.get("help", ""))
+    return named.group(1) if named else "ours"
+
+
+def recipes() -> dict[str, Path]:
+    """The recipes that come with the package, by name."""
+    found = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
+    return found | {"miniature": Path(miniature.__file__).with_name("recipe.yaml")}
+
+
+def find_recipe(name: str) -> Path:
+    """The file of that name, or the recipe of the package.
+
+    Raises:
+        FileNotFoundError: there is neither.
+    """
+    if Path(name).is_file():
+        return Path(name)
+    if name not in recipes():
+        raise FileNotFoundError(
+            f"`--config {name}` is neither a file nor a recipe of the package: {', '.join(recipes())}."
+        )
+    return recipes()[name]
+
+
+def parse(
+    argv: Sequence[str], pipeline: str | None = None, recipe: str | None = None, prog: str | None = None
+) -> tuple[ScriptArguments, PixelRewardConfig]:
+    """Flags win over the recipe, given as `--config` or by default `recipe`, which wins over the defaults."""
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    parser = Parser(prog)
+    if pipeline is not None:
+        parser.set_defaults(pipeline=pipeline)
+    if "--config" not in argv:
+        recipe = "miniature" if wants_miniature(argv) else recipe
+        argv += ["--config", recipe] if recipe is not None else []
+    if "--config" in argv:
+        position = argv.index("--config") + 1
+        if position == len(argv):
+            parser.error("--config needs a file or the name of a recipe")
+        argv[position] = str(find_recipe(argv[position]))
+    return parser.parse(argv)
+
+
+def wants_miniature(argv: Sequence[str]) -> bool:
+    return "--pipeline=miniature" in argv or ("--pipeline", "miniature") in pairwise(argv)
+
+
+# --- what a run needs --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Inputs:
+    """What is treated, on what it is trained and with what it is judged."""
+
+    pipeline: str
+    detector: torch.nn.Module | None = None
+    prompts: Dataset | None = None
+    eval_prompts: Dataset | None = None
+    regularization: Dataset | None = None
+    judge: torch.nn.Module | None = None
+    judge_error_rates: dict | None = None
+    fidelity: Callable | None = None  # (images, prompts) -> scores (B,)
+    features: dict[str, Callable] | None = None  # images -> (B, F), for diversity
+    report_prompts: Dataset | None = None  # what the report is on; `eval_prompts` without them
+    plain_prompts: Dataset | None = None  # prompts that never show artifacts and should stay as they are
+
+
+def read_inputs(script: ScriptArguments, say: Callable[[str], None] = print) -> Inputs:
+    """What the arguments name; what they leave open is the miniature's own, or comes with the package."""
+    if script.split not in ("final", "development"):
+        raise ValueError(f"`--split` is {script.split!r}, but must be final or development.")
+    if script.pipeline == "miniature":
+        inputs = read_miniature(script.split)
+    elif script.split == "development":
+        raise ValueError(
+            "`--split development` is of `--pipeline miniature`; name the prompts of your report with `--eval_prompts`."
+        )
+    else:
+        inputs = Inputs(script.pipeline)
+    if script.detector is not None or inputs.detector is None:
+        inputs.detector = load_detector(script.detector or DETECTOR, "cpu")
+    if script.judge is not None:
+        inputs.judge, inputs.judge_error_rates = load_detector(script.judge, "cpu", argument="--judge"), None
+    if script.prompts is not None or script.eval_prompts is not None or inputs.prompts is None:
+        inputs.prompts, inputs.eval_prompts = read_prompts(script, say)
+        inputs.report_prompts, inputs.plain_prompts = None, None
+    if script.regularization_dataset is not None:
+        inputs.regularization = read_prompt_file(script.regularization_dataset, script.prompt_column)
+    return inputs
+
+
+def read_prompts(script: ScriptArguments, say: Callable[[str], None] = print) -> tuple[Dataset, Dataset]:
+    """Prompts to train on and prompts to evaluate on."""
+    prompts, duplicates = distinct(read_prompt_file(script.prompts or str(PROMPTS), script.prompt_column))
+    if duplicates:
+        say(f"`--prompts`: {duplicates} rows repeat another's prompt and are left out; {len(prompts)} are left.")
+    if script.eval_prompts is None:
+        return hold_out(prompts)
+    held_out = read_prompt_file(script.eval_prompts, script.prompt_column)
+    known = set(held_out["prompt"]) & set(prompts["prompt"])
+    if known:
+        say(
+            f"`--eval_prompts`: {len(known)} of its prompts are also trained on, so that its figures do not speak for prompts "
+            "that training never saw."
+        )
+    return prompts, held_out
+
+
+def read_miniature(split: str) -> Inputs:
+    """The bundled parts: the same run in a world of 64x64 pixels whose mistakes are known."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    from ..miniature.check import clip_features, pixel_features
+    from ..miniature.judge import MiniatureJudge
+    from ..miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES
+    from ..rewards import ClipScore
+
+    clip = ClipScore(
+        CLIPModel.from_pretrained(miniature.load("clip"), dtype=torch.float32),
+        CLIPProcessor.from_pretrained(miniature.load("clip")),
+    )
+    return Inputs(
+        pipeline=str(miniature.load("pipeline")),
+        detector=load_detector(str(miniature.load("detector")), "cpu"),
+        # what shows artifacts is treated; the regularization images show all categories
+        prompts=Dataset.from_list(miniature.prompts("train", PRONE_CATEGORIES)),
+        # an evaluation during training may choose a checkpoint, which the final prompts must not do
+        eval_prompts=Dataset.from_list(miniature.prompts("development", PRONE_CATEGORIES)),
+        report_prompts=Dataset.from_list(miniature.prompts(split, PRONE_CATEGORIES)),
+        regularization=miniature.regularization_dataset(),
+        judge=MiniatureJudge.from_pretrained(miniature.load("judge")).float().eval(),
+        judge_error_rates=json.loads((miniature.load("judge") / "error_rates.json").read_text()),
+        fidelity=clip,
+        features={"pixels": pixel_features, "CLIP": partial(clip_features, clip)},
+        plain_prompts=Dataset.from_list(miniature.prompts(split, PLAIN_CATEGORIES)),
+    )
+
+
+# --- the run -----------------------------------------------------------------------------------------------------------------
+
+
+def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = None, prog: str | None = None) -> int:
+    """Treat, save, report.
+
+    Args:
+        argv: the arguments of the command line.
+        pipeline: default of `--pipeline`.
+        recipe: default of `--config`.
+        prog: name of the program in messages.
+    """
+    try:
+        script, args = parse(argv, pipeline, recipe, prog or "diffdoctor treat")
+        inputs = read_inputs(script, say=print if args.process_index == 0 else lambda text: None)
+    except (ValueError, OSError, yaml.YAMLError) as error:  # its message says what to do; a traceback would bury it
+        raise SystemExit(f"error: {error}") from error
+    trainer = PixelRewardTrainer(
+        pipeline=inputs.pipeline,
+        reward_funcs=inputs.detector,
+        args=args,
+        train_dataset=inputs.prompts,
+        eval_dataset=inputs.eval_prompts,
+        regularization_dataset=inputs.regularization,
+        judge=inputs.judge,
+    )
+    resume = args.resume_from_checkpoint  # a folder, or "true" for the last whole checkpoint of the output folder
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    if script.report_images and trainer.is_world_process_zero():
+        # the development split keeps the noise that settings have been compared on
+        seed = args.eval_seed if script.split == "development" else script.report_seed
+        report(trainer, inputs, script.report_images, seed)
+    trainer.accelerator.wait_for_everyone()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return 0
+
+
+def report(trainer: PixelRewardTrainer, inputs: Inputs, count: int, seed: int) -> None:
+    """Generate held-out prompts with and without the LoRA, judge them, write report.html, .json and .png."""
+    output_dir = Path(trainer.args.output_dir)
+    plain = {}
+    if inputs.plain_prompts is not None:
+        title = "Prompts that had no artifacts to treat"
+        plain_count = max(1, count // 8)
+        plain = judge_prompts(trainer, inputs, inputs.plain_prompts, plain_count, seed, output_dir / "plain", title)
+    prompts = inputs.eval_prompts if inputs.report_prompts is None else inputs.report_prompts
+    results = judge_prompts(trainer, inputs, prompts, count, seed, output_dir, "Treatment", plain.get("categories"))
+    print_summary(results)
+
+
+def judge_prompts(
+    trainer: PixelRewardTrainer,
+    inputs: Inputs,
+    dataset: Dataset,
+    count: int,
+    seed: int,
+    output_dir: Path,
+    title: str,
+    other_categories: dict | None = None,
+) -> dict:
+    args = trainer.args
+    stride = max(1.0, len(dataset) / count)  # fewer images than prompts: from all over the data set, not its beginning
+    rows = [dataset[int(i * stride) % len(dataset)] for i in range(count)]
+    prompts, seeds = [row["prompt"] for row in rows], [seed + i for i in range(count)]
+    categories = [row["category"] for row in rows] if "category" in dataset.column_names else None
+    before, after = trainer.generate(prompts, seeds, treated=False), trainer.generate(prompts, seeds)
+    pairs = ImagePairs(before, after, prompts, seeds, categories)
+    # The first judge is the one that counts; the detector that was trained against flatters the result.
+    judges = {"judge": inputs.judge, "detector": inputs.detector}
+    judges = {name: judge.to(args.device) for name, judge in judges.items() if judge is not None}
+    figures = measure(
+        pairs,
+        judges,
+        fidelity=inputs.fidelity,
+        # Diversity is a distance between seeds of one prompt; with few images there is one seed for each.
+        features=inputs.features if len(set(prompts)) < count else None,
+        batch_size=args.per_device_eval_batch_size,
+    )
+    figures["categories"] |= other_categories or {}
+    treatment = TreatmentRun(
+        lora_dir=args.output_dir,
+        base_model=inputs.pipeline,
+        loading_code=LOADING_CODE.format(pipeline=inputs.pipeline, lora=args.output_dir),
+        judge_error_rates=inputs.judge_error_rates,
+        training_log=trainer.state.log_history,
+    )
+    return render(figures, draw_pairs(pairs, next(iter(judges.values()))), output_dir, treatment, title)
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
