@@ -67,6 +67,8 @@ def test_threshold_is_exclusive_and_can_be_moved():
     maps = torch.tensor([0.25, 0.5, 0.75, 1.0]).view(1, 1, 2, 2)
     assert pixel_penalty(maps, threshold=0.5).item() == pytest.approx(0.875)
     assert pixel_penalty(maps, threshold=0.2).item() == pytest.approx(0.625)
+    assert pixel_penalty(maps, threshold=0.75).item() == 1  # of a single active pixel
+    assert pixel_penalty(torch.tensor([0.0, 0.5]).view(1, 1, 1, 2), threshold=0.0).item() == 0.5
 
 
 def test_half_precision_counts_all_pixels():
@@ -108,6 +110,9 @@ def test_reward_of_any_detector():
     output.loss.sum().backward()
     assert images.grad[0, 0].abs().sum() > 0 and images.grad[1].abs().sum() == 0
     assert ArtifactReward(Redness(), selection="mean")(images, None).loss[1].item() == pytest.approx(0.05)
+    high = ArtifactReward(Redness(), threshold=0.4)(images, None)
+    torch.testing.assert_close(high.loss, pixel_penalty(images[:, :1], threshold=0.4))
+    assert high.loss[0] > output.loss[0]
     with pytest.raises(ValueError, match="got 'all'"):
         ArtifactReward(Redness(), selection="all")
     with pytest.raises(TypeError, match="needs a `confidence"):

@@ -27,7 +27,7 @@ def test_what_is_accepted_as_a_reward():
     output = as_reward(brightness)(images, ["", ""])
     torch.testing.assert_close(output.loss, -brightness(images, None))
     torch.testing.assert_close(output.score, brightness(images, None))
-    assert output.map is None and output.loss.requires_grad
+    assert output.map is None and output.loss.requires_grad and not output.score.requires_grad
     verdict = RewardOutput(loss=torch.zeros(2), score=torch.ones(2))
     assert as_reward(lambda images, prompts: verdict)(images, ["", ""]) is verdict
     for wrong in (3, "detector", None, torch.nn.Linear):
