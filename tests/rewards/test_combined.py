@@ -51,8 +51,9 @@ def test_wrong_answers_name_the_reward(answer, error, message):
     with pytest.raises(error, match=message) as caught:
         as_reward(my_reward)(torch.zeros(2, 3, 4, 4), ["", ""])
     assert "my_reward" in str(caught.value)
-    with pytest.raises(ValueError, match="both of shape"):
-        RewardOutput(loss=torch.tensor(0.0), score=torch.tensor(0.0))
+    for loss, score in ((torch.tensor(0.0), torch.tensor(0.0)), (torch.zeros(2), torch.zeros(3))):
+        with pytest.raises(ValueError, match="both of shape"):
+            RewardOutput(loss=loss, score=score)
 
 
 def test_a_combination_is_the_weighted_sum():
