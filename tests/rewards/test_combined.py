@@ -70,6 +70,16 @@ def test_a_combination_is_the_weighted_sum():
     assert not output.score.requires_grad and output.loss.requires_grad
 
 
+def test_scores_are_for_the_log_and_keep_no_graph():
+    def attached(images, prompts):
+        return RewardOutput(loss=-brightness(images, None), score=brightness(images, None))
+
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    output = CombinedReward([attached, brightness])(images, ["", ""])
+    assert output.loss.requires_grad and not output.score.requires_grad
+    assert not any(score.requires_grad for score in output.parts.values()) and len(output.parts) == 2
+
+
 def test_the_weights_are_one_without_any():
     images = torch.rand(2, 3, 4, 4)
     output = CombinedReward([brightness])(images, ["", ""])

@@ -16,6 +16,8 @@ def test_half_precision_is_compared_in_float32():
     loss = offline_loss(target.to(torch.float16), target + 0.25)  # 1000.25 is no float16
     assert loss.dtype == torch.float32
     assert loss.item() == 0.0625
+    both = torch.tensor([[1000.0]], dtype=torch.float16), torch.tensor([[0.25]], dtype=torch.float16)
+    assert offline_loss(*both).item() == 999.75**2  # nor is the difference
     assert offline_loss(target.double(), target).dtype == torch.float64
 
 
