@@ -112,6 +112,7 @@ def test_wheel_holds_all_the_package_and_nothing_else(tmp_path):
 
 # From the ground up. A module of its own line stands lower than its room.
 FLOORS = [
+    {"images", "files", "seeds"},
     {"detector", "evaluation.metrics", "treatment.losses"},
     {"rewards", "evaluation"},
     {"treatment"},
@@ -153,7 +154,7 @@ def test_imports_run_downward_only():
     uphill = []
     for path in SOURCE.rglob("*.py"):
         parts = list(path.relative_to(SOURCE).with_suffix("").parts)
-        if len(parts) == 1:
+        if len(parts) == 1 and parts[0].startswith("_"):
             continue  # the package's own top knows every room
         parts = parts[:-1] if parts[-1] == "__init__" else parts
         for target in imports_of(path):

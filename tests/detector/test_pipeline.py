@@ -87,7 +87,7 @@ def test_bad_input_is_named(detect, picture, monkeypatch):
         detect(str(picture.with_suffix(".gif")))
     with pytest.raises(FileNotFoundError):
         detect("nowhere.png")
-    with pytest.raises(TypeError, match="got int"):
+    with pytest.raises(TypeError, match="found int"):
         detect(3)
     for options, error, message in [
         ({"threshold": 2}, ValueError, "threshold must lie in"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_diffdoctor.evaluation import diagnose_images, find_images
+from diffusers_diffdoctor.evaluation import diagnose_images
+from diffusers_diffdoctor.files import find_images
 
 
 class RedDetector(torch.nn.Module):

@@ -12,7 +12,7 @@ from fixtures.trainer import PROMPTS, assert_same, lora_of, photos, rows, tiny_a
 from transformers import TrainingArguments
 
 from diffusers_diffdoctor import PixelRewardTrainer
-from diffusers_diffdoctor.treatment.samples import derive_seed
+from diffusers_diffdoctor.seeds import derive_seed
 
 
 class TwoChannels(torch.nn.Module):
@@ -95,11 +95,11 @@ def test_weights_that_do_not_match_the_rewards(tmp_path):
 @pytest.mark.parametrize(
     "image, message",
     [
-        (np.full((20, 20, 3), 1.5, dtype=np.float32), r"its values lie in \[1.5, 1.5\], but must lie in \[0, 1\]"),
+        (np.full((20, 20, 3), 1.5, dtype=np.float32), r"must lie in \[0, 1\], found values from 1.5 to 1.5"),
         (np.full((20, 20, 3), -0.5), "must lie in"),
         (np.full((20, 20, 3), np.nan), "must lie in"),
-        (np.zeros((20, 20), dtype=np.uint8), r"three channels, found shape \(20, 20\)"),
-        (None, "three channels"),
+        (np.zeros((20, 20, 20), dtype=np.uint8), r"shape \(20, 20, 20\) is no image"),
+        (None, "found NoneType"),
     ],
 )
 def test_regularization_images_out_of_range_are_named(tmp_path, image, message):

@@ -45,9 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation import diagnose_images, find_images
+    from ..evaluation import diagnose_images
+    from ..files import find_images
 
-    find_images(args.paths, excluded=args.output)  # a wrong path is said before a detector is loaded
+    find_images(args.paths, excluded=[args.output])  # a wrong path is said before a detector is loaded
     detector = load_detector(args.detector, args.device)
     try:
         result = diagnose_images(

@@ -5,17 +5,16 @@ Their file is a pickled state dict of a `SegformerForSemanticSegmentation` of tr
 keys: loaded with `strict=False`, nearly all weights would silently stay random. Here every tensor must find its place.
 """
 
-import hashlib
 import os
 import pickle
 import re
-import shutil
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ..files import digest, written_atomically
 from .configuration_artifact_detector import ArtifactDetectorConfig
 
 
@@ -79,9 +78,9 @@ def convert_detector_checkpoint(
         raise FileNotFoundError(
             f"There is no file {checkpoint}; pass the downloaded checkpoint, not a folder or a URL."
         )
-    digest = _sha256(checkpoint)
-    if sha256 is not None and digest != sha256.lower():
-        raise ValueError(f"{checkpoint} has the sha256 {digest}, expected was {sha256}; download it again.")
+    found = digest(checkpoint)
+    if sha256 is not None and found != sha256.lower():
+        raise ValueError(f"{checkpoint} has the sha256 {found}, expected was {sha256}; download it again.")
     state_dict = _load_state_dict(checkpoint)
     architecture, config = _infer_config(state_dict, image_size)
 
@@ -100,25 +99,10 @@ def convert_detector_checkpoint(
         )
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
-    workspace = output_dir.parent / f".{output_dir.name}.{os.getpid()}.partial"
-    finished = workspace / output_dir.name
-    try:
-        model.save_pretrained(finished)
-        ArtifactDetectorImageProcessorPil.for_detector(config).save_pretrained(finished)
-        if output_dir.exists():
-            output_dir.rmdir()
-        finished.rename(output_dir)
-    finally:
-        shutil.rmtree(workspace, ignore_errors=True)
-    return Conversion(output_dir, digest, KNOWN_CHECKPOINTS.get(digest), architecture, model.num_parameters())
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    with written_atomically(output_dir) as unfinished:
+        model.save_pretrained(unfinished)
+        ArtifactDetectorImageProcessorPil.for_detector(config).save_pretrained(unfinished)
+    return Conversion(output_dir, found, KNOWN_CHECKPOINTS.get(found), architecture, model.num_parameters())
 
 
 def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:

@@ -3,52 +3,31 @@
 
 import http.client
 import io
-import os
 import urllib.request
-import warnings
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import Pipeline
 
+from ..images import ImageSource, read_image, to_image_tensor
 from .tiling import tiled_confidence
 
 
 TASK = "artifact-detection"
-IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the fewer decoders a stranger's file can reach, the better
 MAX_DOWNLOAD_BYTES = 256 * 2**20
 
 
-def load_image(source: str | os.PathLike | Image.Image, timeout: float | None = 30.0) -> Image.Image:
-    """Open an image as RGB, turned as its EXIF orientation says.
+def load_image(source: ImageSource, timeout: float | None = 30.0) -> Image.Image:
+    """As [`read_image`], which says what it takes and raises; also http(s) URLs.
 
     Args:
-        source: path, http(s) URL or PIL image. Formats: PNG, JPEG, WEBP, BMP, TIFF.
+        source: a URL, or anything that [`read_image`] reads.
         timeout: seconds to wait for a server.
-
-    Raises:
-        TypeError: something else.
-        ValueError: no image of these formats, or one of more than 89 million pixels, which Pillow takes for a
-            decompression bomb.
-        OSError: the file does not exist or the URL cannot be read.
     """
-    if isinstance(source, Image.Image):
-        return ImageOps.exif_transpose(source).convert("RGB")
-    if not isinstance(source, (str, os.PathLike)):
-        raise TypeError(f"An image must be a path, a URL or a PIL image, got {type(source).__name__}.")
-    source = os.fspath(source)
-    data = _download(source, timeout) if source.startswith(("http://", "https://")) else source
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(data, formats=IMAGE_FORMATS) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise ValueError(f"{source!r} is too large to be opened safely: {error}") from error
-    except (Image.UnidentifiedImageError, SyntaxError) as error:
-        raise ValueError(f"{source!r} is not an image in one of the formats {', '.join(IMAGE_FORMATS)}.") from error
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
+        source = _download(source, timeout)
+    return read_image(source)
 
 
 def _download(url: str, timeout: float | None) -> io.BytesIO:
@@ -60,7 +39,9 @@ def _download(url: str, timeout: float | None) -> io.BytesIO:
         raise OSError(f"Cannot read {url}: {error}") from error
     if len(data) > MAX_DOWNLOAD_BYTES:
         raise ValueError(f"{url} is larger than {MAX_DOWNLOAD_BYTES // 2**20} MiB.")
-    return io.BytesIO(data)
+    file = io.BytesIO(data)
+    file.name = url  # for messages
+    return file
 
 
 class ArtifactDetectionPipeline(Pipeline):
@@ -92,13 +73,12 @@ class ArtifactDetectionPipeline(Pipeline):
             )
         self.model.eval()
 
-    def __call__(
-        self, inputs: str | os.PathLike | Image.Image | list, **kwargs
-    ) -> dict[str, Any] | list[dict[str, Any]]:
+    def __call__(self, inputs: ImageSource | list[ImageSource], **kwargs) -> dict[str, Any] | list[dict[str, Any]]:
         """Diagnose images.
 
         Args:
-            inputs: a path, a URL, a PIL image, or a list of them (mixed as you like), or a generator or dataset of them.
+            inputs: a path, a URL, a PIL image, an array or a tensor, read by [`read_image`]; or a list of them (mixed as you
+                like), or a generator or dataset of them.
             threshold (`float`, *optional*, defaults to 0.5): confidence in [0, 1] from which a pixel counts as artifact.
             tile (`int`, *optional*): side in pixels of square tiles in which the image is seen besides as a whole, so
                 that small hands and faces in large images are found. See [`tiled_confidence`].
@@ -124,8 +104,7 @@ class ArtifactDetectionPipeline(Pipeline):
         return preprocess, forward, postprocess
 
     def preprocess(self, image, timeout: float | None = 30.0) -> dict[str, torch.Tensor]:
-        array = np.array(load_image(image, timeout))
-        return {"images": torch.from_numpy(array).permute(2, 0, 1)[None].float() / 255}
+        return {"images": to_image_tensor(load_image(image, timeout))[None]}
 
     def _forward(self, inputs, tile: int | None = None, overlap: int | None = None) -> dict[str, torch.Tensor]:
         images = inputs["images"]

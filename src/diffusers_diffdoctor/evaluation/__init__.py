@@ -3,7 +3,7 @@
 
 from pathlib import Path
 
-from .diagnosis import diagnose_images, find_images
+from .diagnosis import diagnose_images
 from .metrics import (
     area_ratio,
     artifact_frequency,
@@ -18,7 +18,7 @@ from .metrics import (
     wilson_interval,
 )
 from .pairs import ImagePairs, measure
-from .pictures import before_after_grid, heatmap_overlay, image_grid, plot_curves, read_image, to_pil
+from .pictures import before_after_grid, heatmap_overlay, image_grid, plot_curves, to_pil
 from .report import html_report
 from .treatment_report import TreatmentRun, draw_pairs, print_summary, render
 
@@ -36,7 +36,6 @@ __all__ = [
     "diagnose_images",
     "draw_pairs",
     "error_rates",
-    "find_images",
     "heatmap_overlay",
     "html_report",
     "image_grid",
@@ -49,7 +48,6 @@ __all__ = [
     "pixel_change",
     "plot_curves",
     "print_summary",
-    "read_image",
     "render",
     "sharpness",
     "to_pil",

@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Diagnose files: find images, read them safely, judge them in batches, write a ranked report; resumable."""
+"""Diagnose files: judge them in batches, write a ranked report; resumable."""
 
-import hashlib
 import json
 import os
 import warnings
@@ -16,12 +15,13 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..detector.tiling import tiled_confidence
+from ..files import digest, find_images, write_atomically, written_atomically
+from ..images import read_image, to_image_tensor
 from .metrics import area_ratio, max_confidence, wilson_interval
-from .pictures import heatmap_overlay, image_grid, read_image, to_pil
-from .report import Figure, Picture, Section, Table, html_report, write_atomically
+from .pictures import heatmap_overlay, image_grid, to_pil
+from .report import Figure, Picture, Section, Table, html_report
 
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SETTINGS, DIAGNOSIS, QUARANTINE, BEST = "settings.json", "diagnosis.jsonl", "quarantine.jsonl", "best.jsonl"
 REPORT, OVERLAYS = "report.html", "overlays"
 
@@ -49,7 +49,7 @@ def diagnose_images(
     """Diagnose image files and write a report. An interrupted run goes on where it stopped when it is started again.
 
     Args:
-        paths: image files, and folders that are searched for PNG, JPEG, WEBP and BMP files at any depth.
+        paths: image files, and folders that are searched for PNG, JPEG, WEBP, BMP and TIFF files at any depth.
         output_dir: folder for
             diagnosis.jsonl (one row per image: `path`, `max_confidence` and `area_ratio` in [0, 1], `artifact`
             (maximum confidence of at least `threshold`), `overlay`, `width`, `height`, `bytes`, `mtime_ns`),
@@ -80,7 +80,7 @@ def diagnose_images(
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}, found {value}.")
     output_dir = Path(output_dir)
-    files = find_images(paths, excluded=output_dir)
+    files = find_images(paths, excluded=(output_dir, output_dir / OVERLAYS))
     _prepare_folder(output_dir)
     settings = {
         "detector": detector_name,
@@ -171,48 +171,16 @@ def diagnose_images(
     return summary
 
 
-def find_images(paths: Sequence[str | os.PathLike], excluded: str | os.PathLike | None = None) -> list[Path]:
-    """Files as given, and the images of folders at any depth in order of name: absolute paths, each once.
-
-    Args:
-        paths: files (taken whatever their name) and folders.
-        excluded: a folder that is not searched, such as the one that results are written to.
-
-    Raises:
-        ValueError: `paths` is empty or has no image in it.
-        FileNotFoundError: a path does not exist.
-    """
-    if not paths:
-        raise ValueError("No path was given: name image files or folders.")
-    if excluded is not None:
-        excluded = Path(os.path.abspath(excluded))
-    excluded = () if excluded is None else (excluded, excluded / OVERLAYS)  # overlays, if it is searched itself
-    found: dict[Path, None] = {}  # a set that keeps the order
-    for path in paths:
-        path = Path(os.path.abspath(path))
-        if path.is_dir():
-            for folder, folders, names in os.walk(path):
-                folders[:] = sorted(name for name in folders if Path(folder, name) not in excluded)
-                found.update((Path(folder, name), None) for name in sorted(names) if name.lower().endswith(SUFFIXES))
-        elif path.is_file():
-            found[path] = None
-        else:
-            raise FileNotFoundError(f"{path} is neither a file nor a folder.")
-    if not found:
-        raise ValueError(
-            f"No image found in {', '.join(map(str, paths))}: looked for files that end in {', '.join(SUFFIXES)}."
-        )
-    return list(found)
-
-
 @torch.no_grad()
 def fingerprint(model: torch.nn.Module) -> str:
     """sha256 of a model's weights by name: another detector at the same address has another fingerprint."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+
+    def parts():
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return digest(parts())
 
 
 def _decoded(files: Sequence[Path], pool: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[Path, object]]:
@@ -253,14 +221,10 @@ def _write_overlays(batch: Sequence, maps: torch.Tensor, output_dir: Path, thres
 
     def write(index: int) -> dict:
         file, array, stat = batch[index]
-        digest = hashlib.sha256(str(file).encode("utf-8", "surrogateescape")).hexdigest()[:10]
-        overlay = f"{OVERLAYS}/{_harmless(file.stem)}-{digest}.jpg"
-        unfinished = output_dir / f"{overlay}.unfinished"
-        image = torch.from_numpy(array.copy()).permute(2, 0, 1).float() / 255
-        to_pil(heatmap_overlay(image[None], maps[index : index + 1])[0]).save(
-            unfinished, "JPEG", quality=92, subsampling=0
-        )
-        os.replace(unfinished, output_dir / overlay)
+        overlay = f"{OVERLAYS}/{_harmless(file.stem)}-{digest(str(file))[:10]}.jpg"
+        picture = to_pil(heatmap_overlay(to_image_tensor(array)[None], maps[index : index + 1])[0])
+        with written_atomically(output_dir / overlay) as unfinished:
+            picture.save(unfinished, "JPEG", quality=92, subsampling=0)
         return {
             "path": str(file),
             "max_confidence": round(worst[index], 6),
@@ -319,7 +283,7 @@ def _resume(output_dir: Path, settings: Mapping, restart: bool) -> dict[str, dic
                 f"{output_dir} holds a diagnosis with other settings ({'; '.join(changed)}), and the two must not be "
                 "mixed. Use the same settings, another output folder, or restart (--restart) to replace the old one."
             )
-    write_atomically(known, json.dumps(settings, indent=2).encode("utf-8"))
+    write_atomically(known, json.dumps(settings, indent=2))
     return {row["path"]: row for row in earlier}
 
 
@@ -352,7 +316,7 @@ def _read_rows(path: Path) -> list[dict]:
 
 
 def _write_rows(path: Path, rows) -> None:
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8"))
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_html(

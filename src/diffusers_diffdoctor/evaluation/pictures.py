@@ -8,7 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
+
+from ..files import written_atomically
 
 
 # Colour of a confidence: yellow is a suspicion, magenta a certainty. At 0 nothing is drawn.
@@ -16,8 +18,6 @@ HEAT = {0.0: (1.0, 0.95, 0.35), 0.35: (1.0, 0.62, 0.05), 0.7: (0.93, 0.1, 0.1), 
 
 INK, FAINT_INK, PAPER, MISSING = (28, 32, 38), (104, 110, 120), (255, 255, 255), (240, 241, 243)
 MARGIN, GAP, BLOCK_GAP = 12, 4, 24
-
-READABLE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 Tile = torch.Tensor | Image.Image | None
 
@@ -28,32 +28,6 @@ def to_pil(image: torch.Tensor) -> Image.Image:
         raise ValueError(f"`image` must be of shape (3, H, W) or (1, H, W), found {tuple(image.shape)}.")
     array = (image.detach().float().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     return Image.fromarray(array[0] if len(array) == 1 else np.ascontiguousarray(array.transpose(1, 2, 0)))
-
-
-def read_image(path: str | os.PathLike) -> Image.Image:
-    """Read an image of unknown origin as RGB, upright, transparent parts on white; the first frame of an animation.
-
-    Only the formats of `READABLE_FORMATS` are tried, whatever the file is called, because every further decoder is one
-    more that a crafted file can attack.
-
-    Raises:
-        Exception: the file is missing, in another format, broken or cut short (mostly `OSError`), or unpacks to more
-            pixels than `PIL.Image.MAX_IMAGE_PIXELS` (`PIL.Image.DecompressionBombError`; Pillow itself only warns up
-            to twice as many). Decoders raise many types; catch `Exception` where a bad file must not stop the rest.
-    """
-    with Image.open(path, formats=READABLE_FORMATS) as image:
-        if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-            raise Image.DecompressionBombError(
-                f"{image.width} x {image.height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS}"
-            )
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits per pixel, which `convert` would clip at 255
-            return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            return Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image).convert("RGB")
-        return image.convert("RGB")
 
 
 def heatmap_overlay(images: torch.Tensor, maps: torch.Tensor, alpha: float = 0.75) -> torch.Tensor:
@@ -248,11 +222,9 @@ def plot_curves(
         axis.set_visible(False)
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:
         axis.set_xlabel("step", fontsize=8)
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    figure.savefig(unfinished, format="png")
-    os.replace(unfinished, path)
-    return path
+    with written_atomically(path) as unfinished:
+        figure.savefig(unfinished, format="png")
+    return Path(path)
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:

@@ -6,21 +6,16 @@ a run on another number of processes with the same total batch, see the same noi
 to be stored in a checkpoint.
 """
 
-import hashlib
 import warnings
 from collections.abc import Iterable
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-
-def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**31) that depends on every part and on their order, the same on every machine."""
-    text = ":".join(map(str, parts))
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 33
+from ..images import to_image_tensor
+from ..seeds import derive_seed
 
 
 def read_prompts(dataset: Any, name: str) -> list[str]:
@@ -70,8 +65,7 @@ class RegularizationImages:
     """An endless, seeded, shuffled sequence of images with prompts that can be entered at any position.
 
     Args:
-        dataset: rows with the columns "image" (a PIL image, or an array of shape (H, W, 3) or (3, H, W), uint8 or float in
-            [0, 1]) and "prompt".
+        dataset: rows with the columns "image" (anything that [`read_image`] reads) and "prompt".
         size: (height, width) in pixels. Images are scaled to cover it and cropped around their centre.
         seed: decides the order; every pass over the dataset has another one.
     """
@@ -104,24 +98,3 @@ class RegularizationImages:
                 f"`regularization_dataset` has an image in row {row} that cannot be used: {error} "
                 "Remove the row or repair the image."
             ) from error
-
-
-def to_image_tensor(image: Any, size: tuple[int, int]) -> torch.Tensor:
-    """A picture of any size -> (3, height, width) in [0, 1], scaled to cover `size` and cropped around its centre."""
-    if not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
-            array = array.transpose(1, 2, 0)
-        if array.ndim != 3 or array.shape[2] != 3:
-            raise ValueError(f"expected a PIL image or an array of three channels, found shape {array.shape}.")
-        if array.dtype != np.uint8:
-            low, high = float(array.min()), float(array.max())
-            if not (0 <= low and high <= 1):
-                raise ValueError(f"its values lie in [{low:.3g}, {high:.3g}], but must lie in [0, 1].")
-            if array.shape[:2] == size:
-                return torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1).contiguous()
-            array = (array * 255).round().astype(np.uint8)
-        image = Image.fromarray(array)
-    height, width = size
-    fitted = ImageOps.fit(ImageOps.exif_transpose(image).convert("RGB"), (width, height), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(fitted)).permute(2, 0, 1).float() / 255

@@ -25,6 +25,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
 from transformers.utils import logging
 
+from ..seeds import derive_seed
 from .adapter import add_lora, load_lora, lora_files, save_lora
 from .checkpoint import (
     LIVE_LORA_FILE,
@@ -42,7 +43,7 @@ from .losses import offline_loss
 from .model_card import upload, write_model_card
 from .prepare import RewardFunc, build_reward, check_detector, load_pipeline
 from .rollout import DifferentiableRollout
-from .samples import RegularizationImages, derive_seed, read_prompts
+from .samples import RegularizationImages, read_prompts
 
 
 if is_datasets_available():

@@ -1,0 +1,72 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Files appear whole or not at all; contents are told apart; seeds are the same everywhere."""
+
+import hashlib
+import os
+
+import pytest
+
+from diffusers_diffdoctor.files import digest, find_images, write_atomically, written_atomically
+from diffusers_diffdoctor.seeds import derive_seed
+
+
+def test_writing_replaces_at_the_end_and_leaves_nothing_beside(tmp_path):
+    path = tmp_path / "report.txt"
+    assert write_atomically(path, "first") == path
+    with written_atomically(path) as unfinished:
+        assert unfinished.name == path.name  # libraries choose a format by the suffix
+        unfinished.write_text("second")
+        assert path.read_text() == "first"
+    assert path.read_text() == "second"
+    write_atomically(str(path), "ü".encode())
+    assert path.read_text(encoding="utf-8") == "ü"
+    assert os.listdir(tmp_path) == ["report.txt"]
+
+
+def test_a_failed_or_killed_writer_changes_nothing(tmp_path):
+    path = write_atomically(tmp_path / "a", b"whole")
+    with pytest.raises(RuntimeError, match="full"), written_atomically(path) as unfinished:
+        unfinished.write_bytes(b"ha")
+        raise RuntimeError("the disk is full")
+    assert path.read_bytes() == b"whole" and os.listdir(tmp_path) == ["a"]
+    (tmp_path / ".a.unfinished").mkdir()  # of a writer that was killed
+    (tmp_path / ".a.unfinished/a").write_bytes(b"ha")
+    write_atomically(path, b"whole again")
+    assert path.read_bytes() == b"whole again" and os.listdir(tmp_path) == ["a"]
+
+
+def test_folders_are_written_whole_too(tmp_path):
+    def write(text):
+        with written_atomically(tmp_path / "model") as unfinished:
+            unfinished.mkdir()
+            (unfinished / "weights").write_text(text)
+
+    (tmp_path / "model").mkdir()
+    write("1")
+    with pytest.raises(OSError):  # only an empty folder gives way
+        write("2")
+    assert (tmp_path / "model/weights").read_text() == "1" and os.listdir(tmp_path) == ["model"]
+
+
+def test_digests(tmp_path):
+    expected = hashlib.sha256(b"hands and faces").hexdigest()
+    (tmp_path / "file").write_bytes(b"hands and faces")
+    parts = [b"hands ", "and ", memoryview(b"faces")]
+    assert {digest(one) for one in ("hands and faces", b"hands and faces", tmp_path / "file", parts)} == {expected}
+    assert digest(os.fsdecode(b"caf\xe9")) == hashlib.sha256(b"caf\xe9").hexdigest()  # a name that is not UTF-8
+
+
+def test_excluded_folders_are_not_searched(tmp_path):
+    for name in ("b.TIF", "a.png", "out/c.png", "deep/out/d.jpg", "note.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    found = find_images([tmp_path], excluded=[tmp_path / "out"])
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.png", "b.TIF", "deep/out/d.jpg"]
+
+
+def test_seeds_are_frozen_and_spread():
+    """Written down, because a resumed run on another machine must find them again."""
+    assert derive_seed(42, "rollout", 0) == 695341268
+    assert derive_seed(42, "rollout", 1) != derive_seed(42, 1, "rollout") != derive_seed(421, "rollout")
+    seeds = {derive_seed(42, "rollout", position) for position in range(10_000)}
+    assert len(seeds) > 9_990 and max(seeds) < 2**31
