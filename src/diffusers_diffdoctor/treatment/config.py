@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 LOWER_IS_BETTER = ("artifact_frequency", "max_confidence", "area_ratio", "loss")
 PIXEL_SELECTIONS = ("threshold", "mean", "max")
+QUANTIZATIONS = ("int8", "nf4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -90,6 +91,9 @@ class PixelRewardConfig(TrainingArguments):
 
         > Parameters that control memory
 
+        quantization (`str`, *optional*):
+            `"int8"` (torchao) or `"nf4"` (bitsandbytes, needs a GPU): how the linear layers of the denoiser and the text
+            encoders of a pipeline given by name are stored. The trained LoRA weights are float32 in any case.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
             Recompute the denoiser's activations in the backward pass. Gradients are the same.
         vae_gradient_checkpointing (`bool`, *optional*, defaults to `True`):
@@ -181,6 +185,10 @@ class PixelRewardConfig(TrainingArguments):
     )
 
     # --- memory
+    quantization: str | None = field(
+        default=None,
+        metadata={"help": "int8 or nf4 storage of the frozen denoiser and text encoders; none without it."},
+    )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "Recompute the denoiser's activations in the backward pass (default: True)."}
     )
@@ -297,6 +305,12 @@ class PixelRewardConfig(TrainingArguments):
             "pipeline_dtype",
             self.pipeline_dtype is None or self.pipeline_dtype in DTYPES,
             f"one of {tuple(DTYPES)}",
+        )
+        _require(
+            self,
+            "quantization",
+            self.quantization is None or self.quantization in QUANTIZATIONS,
+            f"one of {QUANTIZATIONS}, or left out",
         )
         if self.pipeline_kwargs is not None:
             self.pipeline_kwargs = _as_dict(self.pipeline_kwargs)

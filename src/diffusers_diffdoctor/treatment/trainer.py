@@ -146,7 +146,7 @@ class PixelRewardTrainer(Trainer):
         self.image_metrics = compute_metrics
 
         set_seed(args.seed)
-        self.pipeline = load_pipeline(pipeline, DTYPES[args.pipeline_dtype])
+        self.pipeline = load_pipeline(pipeline, DTYPES[args.pipeline_dtype], args.quantization)
         self.rollout = self._build_rollout(args, peft_config)
         self.regularization = None
         if regularization_dataset is not None and args.offline_weight > 0:
