@@ -45,7 +45,7 @@ def running_hub(folder: Path):
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(TESTS),
+            "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
         }
 
         def python(code: str, home: str = "home") -> str:

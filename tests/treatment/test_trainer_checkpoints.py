@@ -21,7 +21,7 @@ from diffusers_diffdoctor.treatment.checkpoint import last_checkpoint
 
 
 TESTS = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), "OMP_NUM_THREADS": "1"}
 # Everything that a checkpoint has to bring back: dropout's random numbers, momentum, a schedule, an average, half an epoch.
 RUN = {
     "max_steps": 5,

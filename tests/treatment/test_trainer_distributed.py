@@ -48,7 +48,9 @@ torch.save(result, f"{sys.argv[1]}/rank-{trainer.args.process_index}.pt")
 
 
 def launch(folder, *arguments):
-    environment = os.environ | {"PYTHONPATH": f"{TESTS}:{TESTS / 'treatment'}", "OMP_NUM_THREADS": "1"}
+    # the processes import the package from where this one does, wherever another one is installed
+    paths = os.pathsep.join([str(TESTS), str(TESTS / "treatment"), *sys.path])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     (folder / "process.py").write_text(PROCESS)
     # what `accelerate launch` calls on GPUs; on CPUs it would ask for MPI
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]

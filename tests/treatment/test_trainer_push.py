@@ -26,7 +26,7 @@ trainer.train()
 def test_every_save_is_pushed(tmp_path):
     with hub_server.serve() as hub:
         environment = os.environ | {
-            "PYTHONPATH": str(TESTS),
+            "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]),
             "OMP_NUM_THREADS": "1",
             "HF_ENDPOINT": hub.endpoint,
             "HF_TOKEN": hub_server.TOKEN,
