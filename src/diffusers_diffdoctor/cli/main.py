@@ -17,6 +17,7 @@ from .. import __version__
 COMMANDS = {
     "diagnose": (".diagnose", "find the artifacts in images: heatmaps, a ranked report, the cleanest images"),
     "treat": (".treat", "train a LoRA against a detector and report before and after"),
+    "export-lora": (".export_lora", "write a treated LoRA in the layout that ComfyUI, AUTOMATIC1111 and others read"),
     "convert-detector": (".convert_detector", "convert the detector that the paper's authors released"),
     "miniature": (".miniature", "find, measure or rebuild the parts of the embedded miniature, render its scenes"),
 }
