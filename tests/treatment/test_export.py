@@ -37,7 +37,7 @@ def treated(name, folder, targets=LORA_TARGETS, **settings):
     add_lora(pipeline, component, tiny_args(folder), LoraConfig(target_modules=targets, **settings))
     generator = torch.Generator().manual_seed(1)
     for weight in (w for w in getattr(pipeline, component).parameters() if w.requires_grad):
-        weight.data = 0.4 * torch.randn(weight.shape, generator=generator)
+        weight.data = 0.2 * torch.randn(weight.shape, generator=generator)
     save_lora(pipeline, component, folder)
     record = {"base": {"pipeline_class": name, "denoiser": component}}
     (folder / "treatment.json").write_text(json.dumps(record), encoding="utf-8")
@@ -54,8 +54,9 @@ def test_diffusers_draws_the_same_from_every_layout(tmp_path, name, layout, sett
     file = export_lora(tmp_path, layout)
     plain = tiny.build()
     plain.load_lora_weights(tmp_path, weight_name=file.name)
-    assert torch.allclose(draw(plain, tiny), expected, atol=1e-5)
-    assert (expected - base).abs().mean() > 1e-3
+    effect = (expected - base).abs().mean()
+    assert effect > 5e-4
+    assert (draw(plain, tiny) - expected).abs().mean() < 1e-3 * effect
 
 
 @pytest.mark.parametrize("name", NAMES)
