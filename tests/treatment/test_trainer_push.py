@@ -32,6 +32,7 @@ def test_every_save_is_pushed(tmp_path):
             "HF_TOKEN": hub_server.TOKEN,
             "HF_HOME": str(tmp_path / "home"),
             "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0",  # the Hub here is the test's own
         }
         done = subprocess.run(
             [sys.executable, "-c", CODE], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
