@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from .. import __version__
+from ..files import write_atomically
 
 
 TEMPLATE = "report_template.html"
@@ -102,12 +103,3 @@ def inline_image(image: Image.Image | str | os.PathLike) -> str:
         data = Path(image).read_bytes()
     kind = "png" if data.startswith(b"\x89PNG") else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-
-
-def write_atomically(path: str | os.PathLike, data: bytes) -> Path:
-    """Write `data` beside `path` and move it there, so that a reader never sees half a file."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(data)
-    os.replace(unfinished, path)
-    return path

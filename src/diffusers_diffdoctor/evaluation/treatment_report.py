@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """What a treatment did, for people: the figures of `measure` as a page, a picture, a file and a few printed lines."""
 
-import io
 import json
 import math
 import os
@@ -14,9 +13,10 @@ from typing import Any, TextIO
 import torch
 
 from .. import __version__
+from ..files import write_atomically, written_atomically
 from .pairs import ImagePairs, Judge, diagnose, json_ready
 from .pictures import before_after_grid, plot_curves
-from .report import Figure, Picture, Section, Table, html_report, write_atomically
+from .report import Figure, Picture, Section, Table, html_report
 
 
 @dataclass
@@ -78,15 +78,14 @@ def render(
     report = json_ready({**figures, **asdict(run), "version": __version__})
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    png = io.BytesIO()
-    picture.image.save(png, "PNG")
-    write_atomically(output_dir / "report.png", png.getvalue())
+    with written_atomically(output_dir / "report.png") as unfinished:
+        picture.image.save(unfinished, "PNG")
     curves = plot_curves(run.training_log, output_dir / "curves.png") if run.training_log else None
     shown = Picture(output_dir / "report.png", picture.caption, picture.note)
     _write_html(report, output_dir / "report.html", title, shown, curves)
     # Last, so that a report.json stands for a whole report.
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
-    write_atomically(output_dir / "report.json", text.encode("utf-8"))
+    write_atomically(output_dir / "report.json", text)
     return report
 
 
