@@ -6,9 +6,11 @@ import os
 import runpy
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from fixtures.classic_pipelines import tiny_kolors
 from fixtures.pipelines import tiny_flux, tiny_sdxl
@@ -45,7 +47,7 @@ def assert_whole(folder: Path, steps: int) -> None:
         assert (folder / "out" / name).stat().st_size > 0, name
 
 
-def test_treat_flux_under_accelerate(folder):
+def test_treat_flux_under_accelerate(folder, monkeypatch):
     tiny_flux().save_pretrained(folder / "flux")
     (folder / "recipe.yaml").write_text(
         f"pipeline: {folder}/flux\ndetector: {folder}/detector\nmax_steps: 9\nresolution: 16\nmax_sequence_length: 16\n"
@@ -59,7 +61,9 @@ def test_treat_flux_under_accelerate(folder):
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-4000:]
     assert_whole(folder, steps=2)
-    assert "load_lora_weights" in done.stdout
+    monkeypatch.chdir(folder)
+    exec(textwrap.dedent(done.stdout.partition("To use it:\n")[2]), loaded := {})
+    assert loaded["pipe"].get_active_adapters() and loaded["pipe"].dtype == torch.float32
 
 
 @pytest.mark.parametrize(("example", "build"), [("treat_sdxl", tiny_sdxl), ("treat_kolors", tiny_kolors)])

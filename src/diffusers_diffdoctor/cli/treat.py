@@ -32,6 +32,8 @@ from trl import TrlParser
 from .. import miniature
 from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
 from ..treatment import PixelRewardConfig, PixelRewardTrainer
+from ..treatment.adapter import loading_lines
+from ..treatment.config import DTYPES
 from ..treatment.prompt_files import distinct, hold_out, read_prompt_file
 from .diagnose import load_detector
 
@@ -39,10 +41,6 @@ from .diagnose import load_detector
 RECIPES = Path(__file__).parents[1] / "treatment/recipes"
 PROMPTS = RECIPES / "prompts.txt"
 DETECTOR = "diffdoctor/detector"
-LOADING_CODE = """\
-from diffusers import DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({pipeline!r})
-pipe.load_lora_weights({lora!r})"""
 
 
 @dataclass
@@ -375,7 +373,13 @@ def judge_prompts(
     treatment = TreatmentRun(
         lora_dir=args.output_dir,
         base_model=inputs.pipeline,
-        loading_code=LOADING_CODE.format(pipeline=inputs.pipeline, lora=args.output_dir),
+        loading_code=loading_lines(
+            trainer.pipeline,
+            trainer.rollout.denoiser_name,
+            base=inputs.pipeline,
+            lora=args.output_dir,
+            dtype=DTYPES[args.pipeline_dtype],
+        ),
         judge_error_rates=inputs.judge_error_rates,
         training_log=trainer.state.log_history,
     )
