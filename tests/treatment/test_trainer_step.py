@@ -168,6 +168,20 @@ def test_gradient_accumulation_is_the_mean_over_all_samples(tmp_path, prompts, b
     assert length({name: value - update[name] for name, value in without_drift.items()}) > 0.1 * length(update)
 
 
+@pytest.mark.parametrize("wanted", [True, False, None])
+def test_gradient_checkpointing_is_on_unless_it_is_refused(tmp_path, wanted):
+    chosen = {} if wanted is None else {"gradient_checkpointing": wanted}
+    trainer = tiny_trainer(tmp_path, max_steps=1, **chosen)
+    trainer.train()
+    assert trainer.rollout.denoiser.is_gradient_checkpointing is (wanted is not False)
+
+
+def test_options_of_gradient_checkpointing_are_refused(tmp_path):
+    options = {"activation_checkpointing_kwargs": {"every_n_layers": 2}}
+    with pytest.raises(ValueError, match=r"has no options, found \{'every_n_layers': 2\}"):
+        tiny_trainer(tmp_path, max_steps=1, **options).train()
+
+
 def test_every_image_scores_better_after_treatment(tmp_path):
     parts = {"reward_funcs": redness, "regularization_dataset": None}
     trainer = tiny_trainer(tmp_path, parts=parts, max_steps=20, gradient_fraction=1.0, learning_rate=5e-2)

@@ -86,8 +86,9 @@ class PixelRewardConfig(TrainingArguments):
             `to_q to_k to_v to_out.0` (release); in FLUX it covers the image tokens of the double blocks and all tokens of
             the single blocks, and adding `add_q_proj add_k_proj add_v_proj to_add_out` the text tokens of the double blocks.
         ema_decay (`float`, *optional*):
-            Decay per step, in (0, 1), of an exponential moving average of the LoRA weights. With it, evaluation and
-            the saved LoRA use the average.
+            Decay per step, in (0, 1), of an exponential moving average of the LoRA weights (diffusers' `EMAModel`: update
+            n decays by no more than n / (9 + n), and the first one by 0). With it, evaluation and the saved LoRA use the
+            average.
 
         > Parameters that control memory
 
@@ -95,7 +96,8 @@ class PixelRewardConfig(TrainingArguments):
             `"int8"` (torchao) or `"nf4"` (bitsandbytes, needs a GPU): how the linear layers of the denoiser and the text
             encoders of a pipeline given by name are stored. The trained LoRA weights are float32 in any case.
         gradient_checkpointing (`bool`, *optional*, defaults to `True`):
-            Recompute the denoiser's activations in the backward pass. Gradients are the same.
+            Recompute the denoiser's activations in the backward pass. Gradients are the same. transformers'
+            `activation_checkpointing` is the same argument.
         vae_gradient_checkpointing (`bool`, *optional*, defaults to `True`):
             The same for the VAE decoder.
         cache_prompt_embeddings (`bool`, *optional*, defaults to `True`):
@@ -227,10 +229,10 @@ class PixelRewardConfig(TrainingArguments):
 
     def __post_init__(self):
         self.bf16 = self._default_bf16() if self.bf16 is None else self.bf16
-        # transformers renames this argument to `activation_checkpointing`; the old name warns, the new one may be missing.
-        renamed = getattr(self, "activation_checkpointing", None)
-        checkpointing = next((value for value in (renamed, self.gradient_checkpointing) if value is not None), True)
-        self.activation_checkpointing, self.gradient_checkpointing = checkpointing, None
+        # transformers 5.20 or so renamed it to `activation_checkpointing`, which wins there; both say the same here.
+        if getattr(self, "activation_checkpointing", None) is None:
+            self.activation_checkpointing = self.gradient_checkpointing is not False
+        self.gradient_checkpointing = self.activation_checkpointing
         # The parent would look for a loss, and think that more artifacts are better.
         picks = self.load_best_model_at_end or self.save_strategy == "best"
         if self.metric_for_best_model is None and (
@@ -240,8 +242,6 @@ class PixelRewardConfig(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
         super().__post_init__()
-        # The parent trainer must not act on it: it looks for a method of transformers' models. Ours does.
-        self.activation_checkpointing, self.gradient_checkpointing = None, checkpointing
         self._check()
 
         if self.resolution is not None:

@@ -571,6 +571,21 @@ class DifferentiableRollout(nn.Module):
         """Recompute the denoiser's activations in the backward pass. Gradients are the same."""
         self.denoiser.enable_gradient_checkpointing()
 
+    def activation_checkpointing_enable(self, **options) -> None:
+        """What `transformers.Trainer` calls where `gradient_checkpointing` is on, by this name or the one below it.
+
+        Raises:
+            ValueError: an option is set: diffusers' models have none.
+        """
+        chosen = {name: value for name, value in options.items() if value not in (None, 1, False)}
+        if chosen:
+            raise ValueError(
+                f"Gradient checkpointing of a diffusers model has no options, found {chosen}. Leave them out."
+            )
+        self.enable_gradient_checkpointing()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
     @property
     def vae_gradient_checkpointing(self) -> bool:
         """Whether the VAE's activations are recomputed in the backward pass. Gradients are the same."""
