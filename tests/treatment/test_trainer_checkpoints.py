@@ -16,6 +16,7 @@ from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from diffusers_diffdoctor.treatment.checkpoint import last_checkpoint
 
@@ -55,7 +56,7 @@ def training_lines(folder):
 def assert_same_run(first, second):
     assert_same(lora_of(first), lora_of(second))
     assert_same(optimizer_state(first), optimizer_state(second))
-    assert_same(dict(enumerate(first.average.average)), dict(enumerate(second.average.average)))
+    assert_same(dict(enumerate(first.average.shadow_params)), dict(enumerate(second.average.shadow_params)))
     assert first.lr_scheduler.state_dict() == second.lr_scheduler.state_dict()
 
 
@@ -70,7 +71,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path, stop):
     resumed.train(resume_from_checkpoint=str(tmp_path / f"run/checkpoint-{stop}"))
     assert_same_run(whole, resumed)
     assert training_lines(tmp_path / "run") == training_lines(tmp_path / "whole")
-    assert not torch.equal(whole.average.average[0], whole.trained_parameters[0])
+    assert not torch.equal(whole.average.shadow_params[0], whole.trained_parameters[0])
 
 
 def test_resuming_a_finished_run_trains_no_further(tmp_path):
@@ -80,52 +81,97 @@ def test_resuming_a_finished_run_trains_no_further(tmp_path):
     output = again.train(resume_from_checkpoint=True)
     assert output.global_step == again.state.global_step == 3
     assert_same(lora_of(finished), lora_of(again))
-    assert_same(dict(enumerate(finished.average.average)), dict(enumerate(again.average.average)))
+    assert_same(dict(enumerate(finished.average.shadow_params)), dict(enumerate(again.average.shadow_params)))
     assert training_lines(tmp_path / "run")[-1]["step"] == 3
 
 
 KILLED = """
 import os
+from pathlib import Path
 from fixtures.trainer import tiny_trainer
+from transformers.trainer_callback import TrainerState
 from diffusers_diffdoctor import PixelRewardTrainer
 
-save = PixelRewardTrainer._save_rng_state
+def killed_before_the_rng_state(trainer, folder):
+    return os._exit(9) if trainer.state.global_step == 4 else save_rng_state(trainer, folder)
 
-def killed(trainer, folder):
-    if trainer.state.global_step == 4:
+def killed_half_way_through_the_state(state, path):
+    save_to_json(state, path)
+    if state.global_step == 4:
+        Path(path).write_text(Path(path).read_text()[:200])
         os._exit(9)
-    save(trainer, folder)
 
-PixelRewardTrainer._save_rng_state = killed
-trainer = tiny_trainer({folder!r}, **{run!r})
-trainer.train()
+save_rng_state, save_to_json = PixelRewardTrainer._save_rng_state, TrainerState.save_to_json
+if {place!r} == "rng":
+    PixelRewardTrainer._save_rng_state = killed_before_the_rng_state
+else:
+    TrainerState.save_to_json = killed_half_way_through_the_state
+tiny_trainer({folder!r}, save_total_limit=1, **{run!r}).train()
 """
 
 
-def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_last_whole_checkpoint(tmp_path):
-    code = KILLED.format(folder=str(tmp_path / "run"), run=RUN)
+@pytest.mark.parametrize("place", ["rng", "state"])
+def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_last_whole_checkpoint(tmp_path, place):
+    code = KILLED.format(folder=str(tmp_path / "run"), run=RUN, place=place)
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 9, done.stderr
-    left = {path.name for path in (tmp_path / "run").iterdir() if path.is_dir()}
-    assert {"checkpoint-2", "_partial-checkpoint-4"} <= left and "checkpoint-4" not in left
-    assert (tmp_path / "run/_partial-checkpoint-4/optimizer.pt").is_file()
+    left = tmp_path / "run/checkpoint-4"
+    assert (left / "optimizer.pt").is_file() and (left / "trainer_state.json").is_file() == (place == "state")
+    with pytest.raises(
+        ValueError, match=r"checkpoint-4', which was not written to its end\. Resume from the one before"
+    ):
+        tiny_trainer(tmp_path / "run", **RUN).train(resume_from_checkpoint=str(left))
 
     resumed = tiny_trainer(tmp_path / "run", **RUN)
     resumed.train(resume_from_checkpoint=True)
     whole = tiny_trainer(tmp_path / "whole", **RUN)
     whole.train()
     assert_same_run(whole, resumed)
-    assert not list((tmp_path / "run").glob("_partial-*"))
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-5")
 
 
 def test_the_last_checkpoint_is_the_whole_one_with_the_most_steps(tmp_path):
-    for step, files in {2: 3, 10: 3, 30: 2}.items():
+    names = ["pytorch_lora_weights.safetensors", "treatment.json", "trainer_state.json"]
+    for step, state in {2: "{}", 10: "{}", 30: None, 40: '{"epoch"', 50: ""}.items():
         (tmp_path / f"checkpoint-{step}").mkdir()
-        for name in ["pytorch_lora_weights.safetensors", "treatment.json", "trainer_state.json"][:files]:
-            (tmp_path / f"checkpoint-{step}" / name).touch()
+        for name in names[: 3 if state is not None else 2]:
+            (tmp_path / f"checkpoint-{step}" / name).write_text(state or "")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
     with pytest.raises(ValueError, match="no whole checkpoint"):
         last_checkpoint(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_of_an_earlier_run_leaves_nothing_behind(tmp_path):
+    earlier = tmp_path / "checkpoint-1"
+    earlier.mkdir()
+    for name in ("live_lora_weights.safetensors", "rng_state_1.pth", "trainer_state.json"):
+        (earlier / name).write_text("{}")
+    tiny_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
+    assert not (earlier / "live_lora_weights.safetensors").exists() and not (earlier / "rng_state_1.pth").exists()
+    assert last_checkpoint(tmp_path) == str(earlier)
+
+
+class Counting(TrainerCallback, ExportableState):
+    def __init__(self, by=1, count=0):
+        self.by, self.count = by, count
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.count += self.by
+
+    def state(self):
+        return {"args": {"by": self.by}, "attributes": {"count": self.count}}
+
+
+def test_two_callbacks_of_one_class_keep_their_states_apart(tmp_path):
+    def trainer(steps):
+        saved = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": True}
+        return tiny_trainer(tmp_path, parts={"callbacks": [Counting(1), Counting(10)]}, max_steps=steps, **saved)
+
+    trainer(3).train()
+    resumed = trainer(4)
+    resumed.train(resume_from_checkpoint=True)
+    counts = [callback.count for callback in resumed.callback_handler.callbacks if isinstance(callback, Counting)]
+    assert counts == [4, 40]
 
 
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
@@ -136,8 +182,9 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     checkpoint = str(tmp_path / "run/checkpoint-1")
     with pytest.raises(ValueError, match=r"treats the pipeline '.*one' .* but this trainer treats '.*two' "):
         tiny_trainer(tmp_path / "run", tmp_path / "two").train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match=r"2x16 in the file, 3x16 here\. Use the `peft_config`"):
-        tiny_trainer(tmp_path / "run", tmp_path / "one", lora_rank=3).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match=r"2x16 in the file, missing here\. Use the `peft_config`"):
+        fewer = tiny_trainer(tmp_path / "run", tmp_path / "one", lora_target_modules=["to_q"])
+        fewer.train(resume_from_checkpoint=checkpoint)
     with pytest.raises(ValueError, match=r"no checkpoint of treatment: it has no treatment\.json"):
         tiny_trainer(tmp_path / "run", tmp_path / "one").train(resume_from_checkpoint=str(tmp_path))
     # the same base from another folder and in another type is the same base
@@ -230,7 +277,8 @@ def test_with_an_average_the_saved_lora_is_the_average(tmp_path):
     class Record(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             states.append(lora_of(trainer))
-            decays.append(min(0.5, (1 + state.global_step) / (10 + state.global_step)))
+            # diffusers' warm-up: the first update replaces the untrained weights
+            decays.append(min(0.5, state.global_step / (9 + state.global_step)) if state.global_step > 1 else 0.0)
 
     trainer.add_callback(Record())
     trainer.train()

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image
-from fixtures.pipelines import tiny_flux, tiny_lcm, tiny_pixart
+from fixtures.pipelines import tiny_flux, tiny_lcm
 from fixtures.trainer import PROMPTS, assert_same, lora_of, photos, rows, tiny_args, tiny_detector, tiny_trainer
 from transformers import TrainingArguments
 
 from diffusers_diffdoctor import PixelRewardTrainer
 from diffusers_diffdoctor.seeds import derive_seed
+from diffusers_diffdoctor.treatment import trainer as trainer_module
 
 
 class TwoChannels(torch.nn.Module):
@@ -77,11 +78,6 @@ def test_a_family_without_offline_loss_is_refused_before_training(tmp_path):
         tiny_trainer(tmp_path, tiny_lcm(), max_sequence_length=None)
 
 
-def test_a_denoiser_that_takes_no_lora(tmp_path):
-    with pytest.raises(ValueError, match="`pipeline` cannot be treated: diffusers gives its PixArtTransformer2DModel"):
-        tiny_trainer(tmp_path, tiny_pixart())
-
-
 def test_other_arguments_than_ours(tmp_path):
     with pytest.raises(TypeError, match="`args` is a TrainingArguments"):
         PixelRewardTrainer(tiny_flux(), tiny_detector(), TrainingArguments(str(tmp_path)), rows(PROMPTS))
@@ -90,6 +86,28 @@ def test_other_arguments_than_ours(tmp_path):
 def test_weights_that_do_not_match_the_rewards(tmp_path):
     with pytest.raises(ValueError, match="`reward_weights` has 2 entries for 1 rewards"):
         tiny_trainer(tmp_path, reward_weights=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("nothing", [{"pixel_weight": 0.0}, {"reward_weights": [0.0], "drift_weight": 1.0}])
+def test_a_loss_of_nothing_is_refused(tmp_path, nothing):
+    """`offline_weight` is above 0 here, but without images it has nothing to weigh; drift alone holds what nothing moves."""
+    with pytest.raises(ValueError, match=r"`pixel_weight` is .* `reward_weights` .* nothing would be learnt"):
+        tiny_trainer(tmp_path, parts={"regularization_dataset": None}, **nothing)
+    tiny_trainer(tmp_path, **nothing)  # with images the offline loss is left
+
+
+def test_adapter_weights_without_gradient_are_named_once(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
+    trainer = tiny_trainer(tmp_path)
+    layer = trainer.rollout.denoiser.transformer_blocks[0].attn.to_q
+    layer.forward = layer.base_layer.forward  # as if something had kept the layer from before the adapter
+    trainer.train()
+    (line,) = [line for line in said if "get no gradient" in line]
+    assert line.startswith("2 of ") and "transformer_blocks.0.attn.to_q.lora_A" in line
+    said.clear()
+    tiny_trainer(tmp_path).train()
+    assert not [line for line in said if "get no gradient" in line]
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ class PixelRewardConfig(TrainingArguments):
 
     def __post_init__(self):
         self.bf16 = self._default_bf16() if self.bf16 is None else self.bf16
-        # transformers 5.20 or so renamed it to `activation_checkpointing`, which wins there; both say the same here.
+        # Where transformers calls it `activation_checkpointing`, that name wins, and the old one alone would warn.
         if getattr(self, "activation_checkpointing", None) is None:
             self.activation_checkpointing = self.gradient_checkpointing is not False
         self.gradient_checkpointing = self.activation_checkpointing

@@ -1,22 +1,21 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """The page that a treated LoRA shows on the Hub, and the way there."""
 
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from transformers.utils.hub import PushInProgress
+from peft import PeftConfig
 
 from ..evaluation import to_pil
+from .config import PixelRewardConfig
 from .examine import Sample
 
 
-if TYPE_CHECKING:
-    from .trainer import PixelRewardTrainer
-
-# Never uploaded beside the LoRA: checkpoints, and folders that are not whole.
+# Never uploaded beside the LoRA: checkpoints, which go their own way.
 NOT_UPLOADED = ["_*", "checkpoint-*"]
 RECIPE = (
     "num_inference_steps",
@@ -39,48 +38,94 @@ RECIPE = (
 FIGURES = ("artifact_frequency", "max_confidence", "area_ratio", "reward")
 
 
+@dataclass
+class Treatment:
+    """What the card tells of a treatment.
+
+    Attributes:
+        args: its configuration.
+        base: what was treated, see [`describe_base`].
+        loading: the lines of Python that load base and LoRA as `pipe`.
+        weaker: the call that makes the LoRA weaker then.
+        size: height and width of its images in pixels.
+        adapter: the LoRA's configuration.
+        rewards: name -> weight.
+        prompts: those it was trained on.
+        step: updates of the LoRA that lies beside the card.
+        log_history: the run's log, of which the figures of step 0 and of `step` are shown.
+        before, after: the same prompts and seeds without that LoRA and with it; may be empty.
+    """
+
+    args: PixelRewardConfig
+    base: dict[str, str]
+    loading: str
+    weaker: str
+    size: tuple[int, int]
+    adapter: PeftConfig
+    rewards: dict[str, float]
+    prompts: list[str]
+    step: int
+    log_history: list[dict[str, Any]]
+    before: list[Sample]
+    after: list[Sample]
+
+
 def write_model_card(
-    trainer: "PixelRewardTrainer", folder: Path, model_name: str | None, tags: list[str], metadata: dict[str, Any]
+    folder: Path,
+    treatment: Treatment,
+    title: str | None,
+    paper: dict[str, str],
+    tags: list[str],
+    **metadata: Any,
 ) -> None:
-    """Write `folder/README.md` and the pictures it shows. `metadata` is added to the card's data where it is not None."""
-    args, base = trainer.args, trainer.base["pipeline"]
-    images = _save_images(folder, *trainer.before_and_after)
-    prompts = [image["prompt"] for image in images] or list(
-        dict.fromkeys(row["prompt"] for row in trainer.train_dataset)
-    )
+    """Write `folder/README.md` and the pictures it shows.
+
+    Args:
+        folder: where to.
+        treatment: what to tell.
+        title: the folder's name without it.
+        paper: `title` and `id` (arXiv) of the method's paper.
+        tags: the card's tags.
+        **metadata: further entries of the card's data; None is left out.
+    """
+    args, base, adapter = treatment.args, treatment.base, treatment.adapter
+    images = _save_images(folder, treatment.before, treatment.after)
+    prompts = [image["prompt"] for image in images] or list(dict.fromkeys(treatment.prompts))
     widget = [{"text": image["prompt"], "output": {"url": image["after"]}} for image in images]
     data = ModelCardData(
         library_name="diffusers",
         pipeline_tag="text-to-image",
         # the Hub refuses a base that is not a repository's id
-        base_model=base if _is_hub_id(base) else None,
-        tags=list(dict.fromkeys([*trainer._tag_names, *tags])),
+        base_model=base["pipeline"] if _is_hub_id(base["pipeline"]) else None,
+        tags=list(dict.fromkeys(tags)),
         widget=widget or [{"text": prompt} for prompt in prompts[:3]],
         **{key: value for key, value in metadata.items() if value is not None},
     )
-    repo_id = trainer.hub_model_id or args.hub_model_id or f"your-name/{folder.name}"
-    adapter = trainer.peft_config
     recipe = [(name, getattr(value := getattr(args, name), "value", value)) for name in RECIPE]
-    recipe += [("height x width", f"{trainer.rollout.height} x {trainer.rollout.width} pixels")]
+    recipe += [("height x width", f"{treatment.size[0]} x {treatment.size[1]} pixels")]
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else sorted(adapter.target_modules)
     recipe += [("LoRA", f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {targets}")]
-    weighted = zip(trainer.reward.weights, trainer.reward.names)
-    recipe += [("rewards", ", ".join(f"{weight:g} x {name}" for weight, name in weighted))]
-    recipe += [("updates", trainer.state.global_step), ("processes", args.world_size)]
+    recipe += [("rewards", ", ".join(f"{weight:g} x {name}" for name, weight in treatment.rewards.items()))]
+    recipe += [("updates", treatment.step), ("processes", args.world_size)]
+    first, last, figures = _first_and_last(treatment.log_history, treatment.step)
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("model_card_template.md")),
-        model_name=model_name or folder.name,
-        base_name=base or trainer.base["pipeline_class"],
-        repo_id=repo_id,
+        model_name=title or folder.name,
+        base_name=base["pipeline"] or base["pipeline_class"],
+        loading=treatment.loading,
+        weaker=treatment.weaker,
         example_prompt=repr(prompts[0]),
         images=images,
-        figures=_first_and_last(trainer.state.log_history),
+        figures=figures,
+        first=first,
+        last=last,
+        step=treatment.step,
         recipe=[(name, value) for name, value in recipe if value is not None],
         args=args,
         versions=", ".join(f"{name} {version(name)}" for name in ("diffusers", "transformers", "peft", "torch")),
-        paper_id=trainer._paper["id"],
-        paper_title=trainer._paper["title"],
+        paper_id=paper["id"],
+        paper_title=paper["title"],
     )
     card.save(folder / "README.md")
 
@@ -96,13 +141,36 @@ def _save_images(folder: Path, before: list[Sample], after: list[Sample]) -> lis
     return images
 
 
-def _first_and_last(log_history: list[dict[str, Any]]) -> list[dict[str, str]]:
-    rows = []
-    for name in [f"{judged}{figure}" for judged in ("judge_", "") for figure in FIGURES]:
-        values = [entry[f"eval_{name}"] for entry in log_history if f"eval_{name}" in entry]
-        if values:
-            rows.append({"name": name.replace("_", " "), "first": f"{values[0]:.4g}", "last": f"{values[-1]:.4g}"})
-    return rows
+def _first_and_last(
+    log_history: list[dict[str, Any]], step: int
+) -> tuple[int | None, int | None, list[dict[str, str]]]:
+    """The first evaluation and the last one up to `step`: their steps, and a row for each figure that both have."""
+    evaluations = [entry for entry in log_history if any(_figure(key) for key in entry) and entry["step"] <= step]
+    if not evaluations:
+        return None, None, []
+    # a step's entries are several where there are several sets of held-out prompts, or where it was evaluated again
+    first, last = evaluations[0]["step"], evaluations[-1]["step"]
+    start = {key: value for entry in reversed(evaluations) if entry["step"] == first for key, value in entry.items()}
+    end = {key: value for entry in evaluations if entry["step"] == last for key, value in entry.items()}
+    names = sorted((key for key in end if _figure(key) and key in start), key=_figure)
+    return (
+        first,
+        last,
+        [{"name": _label(key), "first": f"{start[key]:.4g}", "last": f"{end[key]:.4g}"} for key in names],
+    )
+
+
+def _figure(key: str) -> tuple[str, bool, int] | None:
+    """`eval_[set_][judge_]figure` -> the set, whether it is not the judge's, and the figure's place; None for other keys."""
+    for place, figure in enumerate(FIGURES):
+        if key.startswith("eval_") and key.endswith(figure):
+            group = key.removeprefix("eval_").removesuffix(figure)
+            return group.removesuffix("judge_"), not group.endswith("judge_"), place
+    return None
+
+
+def _label(key: str) -> str:
+    return key.removeprefix("eval_").replace("_", " ")
 
 
 def _is_hub_id(name: str) -> bool:
@@ -113,16 +181,11 @@ def _is_hub_id(name: str) -> bool:
     return "/" in name and not Path(name).exists()
 
 
-def upload(trainer: "PixelRewardTrainer", checkpoint: str) -> None:
-    """Upload the output folder in the background, and the checkpoint as well where `hub_strategy` says so."""
-    args = trainer.args
-    running = getattr(trainer, "push_in_progress", None)
-    if running is not None and not running.is_done() and not args.hub_always_push:
-        return
-    trainer.callback_handler.on_push_begin(args, trainer.state, trainer.control)
+def upload(args: PixelRewardConfig, repo_id: str, checkpoint: str, step: int) -> list[Any]:
+    """Upload the output folder in the background, and the checkpoint as well where `hub_strategy` says so: the jobs."""
     common = {
-        "repo_id": trainer.hub_model_id,
-        "commit_message": f"Training in progress, step {trainer.state.global_step}",
+        "repo_id": repo_id,
+        "commit_message": f"Training in progress, step {step}",
         "token": args.hub_token,
         "revision": args.hub_revision,
         "run_as_future": True,
@@ -132,7 +195,4 @@ def upload(trainer: "PixelRewardTrainer", checkpoint: str) -> None:
     if args.hub_strategy in ("checkpoint", "all_checkpoints"):
         name = "last-checkpoint" if args.hub_strategy == "checkpoint" else Path(checkpoint).name
         jobs.append(api.upload_folder(folder_path=checkpoint, path_in_repo=name, **common))
-    if running is None or running.is_done():
-        trainer.push_in_progress = PushInProgress(jobs)
-    else:
-        running.jobs.extend(jobs)
+    return jobs

@@ -11,36 +11,45 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, broadcast_object_list, gather_object
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import EMAModel
 from peft import PeftConfig
 from transformers import Trainer, TrainerCallback, is_datasets_available, set_seed
 from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints, speed_metrics
+from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
+from transformers.utils.hub import PushInProgress
 
 from ..seeds import derive_seed
-from .adapter import add_lora, load_lora, lora_files, save_lora
+from .adapter import add_lora, load_lora, loading_lines, lora_files, save_lora, scaling_call
 from .checkpoint import (
     LIVE_LORA_FILE,
-    RECORD_FILE,
     STATE_FILE,
-    LoraAverage,
-    check_same_base,
+    apply_settings,
+    check_resumable,
+    check_same_optimizer,
+    describe_adapter,
     describe_base,
+    describe_optimizer,
+    describe_prompts,
+    differences,
+    flush_to_disk,
     last_checkpoint,
-    written_whole,
+    read_record,
+    remove_checkpoint,
+    write_record,
 )
 from .config import DTYPES, PixelRewardConfig
 from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
 from .losses import offline_loss
-from .model_card import upload, write_model_card
+from .model_card import Treatment, upload, write_model_card
 from .prepare import RewardFunc, build_reward, check_detector, load_pipeline
 from .rollout import DifferentiableRollout
 from .samples import RegularizationImages, read_prompts
@@ -157,16 +166,20 @@ class PixelRewardTrainer(Trainer):
                 "No `regularization_dataset` was passed: the offline loss is left out (`offline_weight=0`)."
             )
 
+        if self.regularization is None and not args.pixel_weight * sum(self.reward.weights):
+            raise ValueError(
+                f"`pixel_weight` is {args.pixel_weight} with `reward_weights` {self.reward.weights}, and there is no offline "
+                "loss: nothing would be learnt. Raise them, or pass a `regularization_dataset`."
+            )
         self._encode_prompts(args, prompts)
 
         self._latent_cache: dict[int, torch.Tensor] = {}
-        self.average: LoraAverage | None = None
         self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._before: dict[str, list[Sample]] = {}  # held-out images of the untreated pipeline, by prefix
-        self.before_and_after: tuple[list[Sample], list[Sample]] = (
-            [],
-            [],
-        )  # those of the last evaluation that are drawn
+        self._after: dict[str, tuple[int, list[Sample]]] = {}  # the same with the LoRA, and the step it was at
+        self._best_step: int | None = None  # step of the LoRA that `load_best_model_at_end` has loaded
+        self._optimizer_as_asked: dict[str, Any] | None = None
+        self._resumed: dict[str, Any] | None = None  # the record of the checkpoint that is continued
         self._samples: list[tuple[str, int]] = []  # prompts and seeds since the last update, to name in an error
         self._log_file_is_ours = False
 
@@ -190,8 +203,7 @@ class PixelRewardTrainer(Trainer):
                 module.requires_grad_(False).eval().to(args.device)
         if self.regularization is not None:
             self._latents(self.regularization.row(0))  # a family without offline loss is refused now
-        if args.ema_decay is not None:
-            self.average = LoraAverage(self.trained_parameters, args.ema_decay)
+        self._start_average()
         logger.info(self._plan(len(prompts)))
 
     # --- setup -------------------------------------------------------------------------------------------------------------
@@ -211,8 +223,6 @@ class PixelRewardTrainer(Trainer):
         )
         self.base = describe_base(self.pipeline, rollout.denoiser_name)
         self.peft_config = add_lora(self.pipeline, rollout.denoiser_name, args, peft_config)
-        if args.gradient_checkpointing:
-            rollout.enable_gradient_checkpointing()
         rollout.vae_gradient_checkpointing = args.vae_gradient_checkpointing
         return rollout
 
@@ -324,6 +334,17 @@ class PixelRewardTrainer(Trainer):
         self._samples = []
         return norm
 
+    def _warn_of_idle_weights(self) -> None:
+        """Name trained weights that the loss does not reach. A gradient of 0 is none of that: all have it behind a new B."""
+        trained = [(name, weight) for name, weight in self.rollout.named_parameters() if weight.requires_grad]
+        idle = [name for name, weight in trained if weight.grad is None]
+        if idle:
+            logger.warning(
+                f"{len(idle)} of {len(trained)} adapter weights get no gradient, the first is {idle[0]}: the steps that carry "
+                "gradient do not use these layers, or use other objects than the adapter is on (an offloaded, compiled or "
+                "replaced denoiser). They stay untrained."
+            )
+
     def _stop(self, what: str, culprits: Sequence[tuple[str, int]]) -> None:
         named = ", ".join(f"{prompt!r} (seed {seed})" for prompt, seed in culprits[:4])
         raise FloatingPointError(
@@ -379,45 +400,79 @@ class PixelRewardTrainer(Trainer):
         return metrics
 
     def _evaluate_prompts(self, prompts: list[str], prefix: str) -> dict[str, float]:
-        start, args = time.time(), self.args
+        metrics, samples = self._measure(prompts, prefix, treated=True)
+        drawn = samples[: self.args.log_images]
+        if self.is_world_process_zero() and drawn:
+            step = self.state.global_step
+            self._after[prefix] = (self.lora_step, drawn)
+            picture = draw(self._drawn(prompts, prefix, treated=False), drawn)
+            folder = Path(self.args.output_dir, "eval" if prefix == "eval" else prefix.replace("eval_", "eval-"))
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"step-{step}.png")
+            show_in_trackers(self.callback_handler.callbacks, f"{prefix}/images", picture, step)
+        self.write_report()
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure_untreated(self) -> None:
+        """Log the figures of the pipeline without the LoRA, on the same prompts and seeds as all evaluations, as step 0."""
+        for name, prompts in self.eval_prompts.items():
+            prefix = f"eval_{name}" if name else "eval"
+            _, samples = self._measure(prompts, prefix, treated=False)
+            self._before[prefix] = samples[: self.args.log_images]
+
+    def _measure(self, prompts: list[str], prefix: str, treated: bool) -> tuple[dict[str, float], list[Sample]]:
+        """Generate and judge on all processes, log the figures, and return them with the samples."""
+        start, count = time.time(), self.args.eval_num_images
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        indices = list(range(args.eval_num_images))
-        prompts = [prompts[i % len(prompts)] for i in indices]
         was_training = self.model.training
         self.model.eval()
-        drawn = indices[: args.log_images] if self.is_world_process_zero() else []
-        if [sample.prompt for sample in self._before.get(prefix, [])] != [prompts[i] for i in drawn]:
-            self._before[prefix] = self._examine(prompts, drawn, treated=False)
-        mine = self._examine(prompts, indices[rank::world], treated=True)
+        mine = self._examine(prompts, range(count)[rank::world], treated)
         samples = sorted(gather_object(mine), key=lambda sample: sample.seed)
         figures = mean_figures(samples)
         if self.image_metrics is not None:
             extra = [None]
             if self.is_world_process_zero():
-                extra = [dict(self.image_metrics(torch.stack([sample.image for sample in samples]), prompts))]
+                images, texts = zip(*((sample.image, sample.prompt) for sample in samples))
+                extra = [dict(self.image_metrics(torch.stack(images), list(texts)))]
             figures |= broadcast_object_list(extra)[0]
         metrics = {f"{prefix}_{name}": float(value) for name, value in figures.items()}
-        metrics |= speed_metrics(prefix, start, num_samples=len(indices))
+        metrics |= speed_metrics(prefix, start, num_samples=count)
         self.log(metrics)
-        if self.is_world_process_zero() and drawn:
-            before, after = self._before[prefix], samples[: len(drawn)]
-            self.before_and_after = (before, after)
-            picture, step = draw(before, after), self.state.global_step
-            folder = Path(args.output_dir, "eval" if prefix == "eval" else prefix.replace("eval_", "eval-"))
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"step-{step}.png")
-            show_in_trackers(self.callback_handler.callbacks, f"{prefix}/images", picture, step)
-        self.write_report()
-        self.control = self.callback_handler.on_evaluate(args, self.state, self.control, metrics)
         self.model.train(was_training)
-        return metrics
+        return metrics, samples
+
+    def _drawn(self, prompts: list[str], prefix: str, treated: bool) -> list[Sample]:
+        """The samples that are shown, by the LoRA as it is or without it; made again where those at hand are others."""
+        step, samples = (
+            self._after.get(prefix, (None, [])) if treated else (self.lora_step, self._before.get(prefix, []))
+        )
+        shown = range(min(self.args.log_images, self.args.eval_num_images))
+        if step != self.lora_step or [sample.prompt for sample in samples] != [
+            prompts[i % len(prompts)] for i in shown
+        ]:
+            samples = self._examine(prompts, shown, treated)
+        if treated:
+            self._after[prefix] = (self.lora_step, samples)
+        else:
+            self._before[prefix] = samples
+        return samples
+
+    def before_and_after(self) -> tuple[list[Sample], list[Sample]]:
+        """The first `log_images` held-out prompts without the LoRA and with it as it is, if evaluations were logged. For the
+        main process."""
+        name, prompts = next(iter(self.eval_prompts.items()), ("", []))
+        prefix = f"eval_{name}" if name else "eval"
+        if not any(f"{prefix}_reward" in entry for entry in self.state.log_history):
+            return [], []
+        return self._drawn(prompts, prefix, treated=False), self._drawn(prompts, prefix, treated=True)
 
     def _examine(self, prompts: list[str], indices: Sequence[int], treated: bool) -> list[Sample]:
         return examine(
             lambda prompts, seeds: self.generate(prompts, seeds, treated),
             self.reward,
             self.judge,
-            [prompts[i] for i in indices],
+            [prompts[i % len(prompts)] for i in indices],
             [self.args.eval_seed + i for i in indices],
             self.args.per_device_eval_batch_size,
             self.args.device,
@@ -447,9 +502,23 @@ class PixelRewardTrainer(Trainer):
                 denoiser.enable_adapters()
             self.rollout.train(was_training)
 
-    def averaged_weights(self):
+    def _start_average(self) -> None:
+        """Moving average of the LoRA, with the weights as they are for its first value; None without `ema_decay`."""
+        decay = self.args.ema_decay
+        self.average = None if decay is None else EMAModel(self.trained_parameters, decay=decay)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
         """Context in which the LoRA is the moving average of `ema_decay`, or itself without one."""
-        return self.average.in_place() if self.average is not None else nullcontext()
+        parameters = self.trained_parameters if self.average is not None else []
+        live = [parameter.detach().clone() for parameter in parameters]  # `EMAModel.store` cannot be nested
+        if self.average is not None:
+            self.average.copy_to(parameters)
+        try:
+            yield
+        finally:
+            for parameter, value in zip(parameters, live):
+                parameter.data.copy_(value)
 
     def write_report(self) -> None:
         """Refresh `training_report.html` in the output folder."""
@@ -459,14 +528,42 @@ class PixelRewardTrainer(Trainer):
 
     # --- checkpoints ---------------------------------------------------------------------------------------------------------
 
+    @property
+    def lora_step(self) -> int:
+        """The step whose weights the LoRA has: the last one, or the best one where it was loaded at the end."""
+        return self.state.global_step if self._best_step is None else self._best_step
+
+    def record(self) -> dict[str, Any]:
+        """What is written beside a LoRA: what was treated, how, and how far."""
+        return {
+            "base": self.base,
+            "step": self.lora_step,
+            "adapter": describe_adapter(self.peft_config),
+            "average_updates": None if self.average is None else self.average.optimization_step,
+            "optimizer": self._optimizer_as_asked,
+            "schedule": None if self.lr_scheduler is None else type(self.lr_scheduler).__name__,
+            "samples_per_update": self.get_total_train_batch_size(self.args),
+            "processes": self.args.world_size,
+            "prompts": describe_prompts([row["prompt"] for row in self.train_dataset]),
+            "args": self.args.to_sanitized_dict(),
+        }
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As in [`~transformers.Trainer`]; `resume_from_checkpoint=True` takes the last checkpoint that is whole."""
+        """As in [`~transformers.Trainer`]; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+
+        A resumed run does what its arguments say from its first step on: a changed learning rate, schedule or optimizer
+        setting is the one used, at the checkpoint's position. Differing arguments are logged.
+
+        Raises:
+            ValueError: the checkpoint cannot be continued; see [`~treatment.checkpoint.check_resumable`].
+        """
+        self._best_step = self._resumed = None
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_checkpoint(self.args.output_dir)
         if resume_from_checkpoint:
-            check_same_base(resume_from_checkpoint, self.base)
-            self._keep_log_until(resume_from_checkpoint)
+            check_resumable(resume_from_checkpoint, self.record(), self.args.ignore_data_skip)
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE_FILE)))
+            self._keep_log_until(state.global_step)
             if (
                 0 < self.args.max_steps <= state.global_step
             ):  # the parent would take one more step in an epoch half done
@@ -474,48 +571,68 @@ class PixelRewardTrainer(Trainer):
                 self._load_from_checkpoint(resume_from_checkpoint)
                 self.state = state
                 return TrainOutput(state.global_step, 0.0, {})
+            self._resumed = read_record(resume_from_checkpoint)
+            differing = differences(self._resumed, self.record())
+            if differing:
+                logger.warning(f"Resuming otherwise than {resume_from_checkpoint}: {'; '.join(differing)}.")
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
-    def _keep_log_until(self, checkpoint: str) -> None:
+    def _keep_log_until(self, step: int) -> None:
         path = Path(self.args.output_dir, "metrics.jsonl")
         if self.is_world_process_zero() and path.is_file():
-            step = json.loads(Path(checkpoint, STATE_FILE).read_text())["global_step"]
             lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
             path.write_text("".join(f"{line}\n" for line in lines))
             self._log_file_is_ours = True
 
+    def _settle_state(self) -> None:
+        """A resumed state brings the intervals of its checkpoint, and a best value by the metric of its checkpoint."""
+        self.state.compute_steps(self.args, self.state.max_steps)
+        if self._resumed is not None:
+            now, names = self.args.to_sanitized_dict(), ("metric_for_best_model", "greater_is_better")
+            if any(self._resumed["args"][name] != now[name] for name in names):
+                self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self._optimizer_as_asked is None:
+            self._optimizer_as_asked = describe_optimizer(self.optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        then, now = self._resumed, self.record()
+        check_same_optimizer(then, now, self.lr_scheduler)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        apply_settings(
+            self.optimizer, self.lr_scheduler, then["optimizer"]["groups"], self._optimizer_as_asked["groups"]
+        )
+
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler is not None:  # none where a run in float16 goes on in float32
+            super()._load_scaler(checkpoint)
+
     def _save_checkpoint(self, model, trial):
-        """The parent's steps, but into a folder that gets its name once it is whole."""
-        args, state = self.args, self.state
-        self.store_flos()
-        run_dir = self._get_output_dir(trial=trial)
-        folder = os.path.join(run_dir, f"checkpoint-{state.global_step}")
-        with written_whole(folder, self.accelerator, args.should_save) as partial:
-            self.save_model(partial, _internal_call=True)
-            if state.best_global_step:
-                best = os.path.join(run_dir, f"checkpoint-{state.best_global_step}")
-                if best == folder or os.path.isdir(best):
-                    state.best_model_checkpoint = best
-            if not args.save_only_model:
-                self._save_optimizer_and_scheduler(partial)
-                self._save_scaler(partial)
-                self._save_rng_state(partial)
-            if args.should_save:
-                if self.average is not None:
-                    save_lora(self.pipeline, self.rollout.denoiser_name, partial, LIVE_LORA_FILE)
-                for callback in [*self.callback_handler.callbacks, self.control]:
-                    if isinstance(callback, ExportableState):
-                        state.stateful_callbacks[type(callback).__name__] = callback.state()
-                state.save_to_json(os.path.join(partial, STATE_FILE))
-        if args.push_to_hub:
-            self._push_from_checkpoint(folder)
-        if args.should_save:
-            rotate_checkpoints(run_dir, args.save_total_limit, state.best_model_checkpoint, use_mtime=True)
+        """The parent's. It writes the state last, and without it a folder counts as no checkpoint."""
+        if self.args.should_save:  # a mixture of this run and an earlier one would look whole
+            remove_checkpoint(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
+        self.accelerator.wait_for_everyone()
+        # The parent appends to the list of a class with several callbacks, and fails at one that the checkpoint had not.
+        callbacks = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
+        self.state.stateful_callbacks = {type(callback).__name__: [] for callback in callbacks}
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()  # every process has written before the main one writes the state
+        if self.args.should_save:
+            flush_to_disk(output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the LoRA in the format of diffusers and, when called by the user, the model card."""
         output_dir = output_dir if output_dir is not None else self.args.output_dir
         self._save(output_dir)
+        if _internal_call and self.average is not None and self.args.should_save:
+            save_lora(self.pipeline, self.rollout.denoiser_name, output_dir, LIVE_LORA_FILE)
         if not _internal_call:
             self.create_model_card(output_dir=output_dir)
             if self.args.push_to_hub:
@@ -524,26 +641,31 @@ class PixelRewardTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self.args.should_save:
             return
-        folder, name = Path(output_dir if output_dir is not None else self.args.output_dir), self.rollout.denoiser_name
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         with self.averaged_weights():
-            save_lora(self.pipeline, name, folder)
-        record = {"base": self.base, "step": self.state.global_step, "args": self.args.to_sanitized_dict()}
-        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
+            save_lora(self.pipeline, self.rollout.denoiser_name, folder)
+        write_record(folder, self.record())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        folder, denoiser, name = Path(resume_from_checkpoint), self.rollout.denoiser, self.rollout.denoiser_name
-        load_lora(denoiser, name, folder)
-        if self.average is not None:
-            self.average.copy_from_parameters()
-            if (folder / LIVE_LORA_FILE).is_file():
-                load_lora(denoiser, name, folder / LIVE_LORA_FILE)
+        """The trained weights, and their average if the checkpoint has one; else the average starts from them."""
+        folder = Path(resume_from_checkpoint)
+        self._load_lora(folder)
+        self._start_average()
+        if (folder / LIVE_LORA_FILE).is_file():
+            if self.average is not None:
+                self.average.optimization_step = read_record(folder)["average_updates"]
+            self._load_lora(folder / LIVE_LORA_FILE)
 
     def _load_best_model(self) -> None:
-        logger.info(f"Loading the best LoRA, of {self.state.best_model_checkpoint} ({self.state.best_metric}).")
-        load_lora(self.rollout.denoiser, self.rollout.denoiser_name, self.state.best_model_checkpoint)
-        if self.average is not None:
-            self.average.copy_from_parameters()
+        folder = Path(self.state.best_model_checkpoint)
+        logger.info(f"Loading the best LoRA, of {folder} ({self.state.best_metric}).")
+        self._load_lora(folder)
+        self._start_average()
+        self._best_step = read_record(folder)["step"]
+
+    def _load_lora(self, path: Path) -> None:
+        load_lora(self.rollout.denoiser, self.rollout.denoiser_name, path)
 
     # --- sharing -------------------------------------------------------------------------------------------------------------
 
@@ -570,26 +692,78 @@ class PixelRewardTrainer(Trainer):
         """
         if self.is_world_process_zero():
             tags = [tags] if isinstance(tags, str) else list(tags or [])
-            metadata = {"datasets": dataset, "license": license, "language": language}
-            write_model_card(self, Path(output_dir or self.args.output_dir), model_name, tags, metadata)
+            folder, denoiser_name = Path(output_dir or self.args.output_dir), self.rollout.denoiser_name
+            before, after = self.before_and_after()
+            loading = loading_lines(
+                self.pipeline,
+                denoiser_name,
+                base=self.base["pipeline"] or self.base["pipeline_class"],
+                lora=self.hub_model_id or self.args.hub_model_id or f"your-name/{folder.name}",
+                dtype=getattr(torch, self.base["dtype"]),
+            )
+            treatment = Treatment(
+                args=self.args,
+                base=self.base,
+                loading=loading,
+                weaker=scaling_call(self.pipeline, denoiser_name, 0.7),
+                size=(self.rollout.height, self.rollout.width),
+                adapter=self.peft_config,
+                rewards=dict(zip(self.reward.names, self.reward.weights)),
+                prompts=[row["prompt"] for row in self.train_dataset],
+                step=self.lora_step,
+                log_history=self.state.log_history,
+                before=before,
+                after=after,
+            )
+            write_model_card(
+                folder,
+                treatment,
+                title=model_name,
+                paper=self._paper,
+                tags=[*self._tag_names, *tags],
+                datasets=dataset,
+                license=license,
+                language=language,
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.is_world_process_zero() and self.args.hub_strategy != "end":
-            for file in lora_files(checkpoint_folder):
-                shutil.copy(file, self.args.output_dir)
-            self.create_model_card()
-            upload(self, checkpoint_folder)
+        running, args = self.push_in_progress, self.args
+        if not self.is_world_process_zero() or args.hub_strategy == "end":
+            return
+        for file in lora_files(checkpoint_folder):
+            shutil.copy(file, args.output_dir)
+        self.create_model_card()
+        busy = running is not None and not running.is_done()
+        if busy and not args.hub_always_push:
+            return
+        self.callback_handler.on_push_begin(args, self.state, self.control)
+        jobs = upload(args, self.hub_model_id, checkpoint_folder, self.state.global_step)
+        if busy:
+            running.jobs.extend(jobs)
+        else:
+            self.push_in_progress = PushInProgress(jobs)
 
 
 class _AfterStep(TrainerCallback):
-    """Moves the average on after each update, and refreshes the report when training ends."""
+    """Begins a run, moves the average on after each update, and refreshes the report when training ends."""
 
     def __init__(self, trainer: PixelRewardTrainer):
         self.trainer = trainer
+        self.looked_at_gradients = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer._settle_state()
+        if state.global_step == 0 and args.eval_strategy != "no" and not args.eval_on_start:
+            self.trainer._measure_untreated()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if not self.looked_at_gradients:
+            self.trainer._warn_of_idle_weights()
+            self.looked_at_gradients = True
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.average is not None:
-            self.trainer.average.update(state.global_step)
+            self.trainer.average.step(self.trainer.trained_parameters)
 
     def on_train_end(self, args, state, control, **kwargs):
         self.trainer.write_report()
