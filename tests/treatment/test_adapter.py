@@ -151,12 +151,13 @@ def test_an_adapter_without_which_the_base_is_not_the_base_is_refused(tmp_path, 
         {"rank_pattern": {"to_q": 4}, "alpha_pattern": {"to_k": 6}},
         {"use_dora": True},
         {"lora_bias": True},
+        {"lora_dropout": 0.5},
         {"init_lora_weights": "gaussian"},
         {"init_lora_weights": False},
     ],
     ids=lambda changes: next(iter(changes)) + str(next(iter(changes.values()))),
 )
-@pytest.mark.parametrize("name", ["FluxPipeline", "PixArtAlphaPipeline"])
+@pytest.mark.parametrize("name", FORMS)
 def test_other_adapters_draw_the_same_in_the_plain_pipeline(tmp_path, name, changes):
     tiny = TINY[name]
     pipeline = tiny.build()
@@ -164,6 +165,7 @@ def test_other_adapters_draw_the_same_in_the_plain_pipeline(tmp_path, name, chan
     values = [weight.clone() for weight in weights]
     with_lora(pipeline, tmp_path, LoraConfig(r=2, target_modules=LORA_TARGETS, **changes))
     assert all(map(torch.equal, weights, values))
+    pipeline.transformer.eval()
     save_lora(pipeline, "transformer", tmp_path / "lora")
     plain = load_as_printed(tiny, pipeline, tmp_path)
     treated = draw(pipeline, tiny)

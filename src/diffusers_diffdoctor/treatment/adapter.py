@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -265,16 +266,20 @@ def save_lora(
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
+    # diffusers loads an adapter in training mode, where dropout would spoil its images
+    metadata["lora_dropout"] = 0.0
     if form == "pipeline":
         layers = {f"{denoiser_name}_lora_layers": weights, f"{denoiser_name}_lora_adapter_metadata": metadata}
         pipeline.save_lora_weights(folder, weight_name=weight_name or LORA_FILE, **layers)
-    elif form == "denoiser":
-        denoiser.save_lora_adapter(folder, weight_name=weight_name or LORA_FILE)
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(metadata, indent=2, sort_keys=True, default=str)
+    if form == "denoiser":
+        header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: text}
+        save_file(weights, Path(folder, weight_name or LORA_FILE), metadata=header)
     else:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         weights = {_PEFT_PREFIX + name: value for name, value in weights.items()}
         save_file(weights, Path(folder, weight_name or SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        text = json.dumps(metadata | {"inference_mode": True}, indent=2, sort_keys=True, default=str)
         Path(folder, CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
