@@ -350,7 +350,7 @@ def scaling_call(pipeline: DiffusionPipeline, denoiser_name: str, scale: float) 
         return f"pipe.set_adapters(pipe.get_active_adapters(), {scale})"
     if form == "denoiser":
         return f"pipe.{denoiser_name}.set_adapters(pipe.{denoiser_name}.active_adapters(), {scale})"
-    return f"diffusers.utils.scale_lora_layers(pipe.{denoiser_name}, {scale})"
+    return f'[m.scale_layer({scale}) for m in pipe.{denoiser_name}.modules() if hasattr(m, "scale_layer")]'
 
 
 def loading_lines(
@@ -373,11 +373,10 @@ def loading_lines(
         scale: strength of the LoRA; as it was trained without it.
     """
     call = loading_call(pipeline, denoiser_name, lora)
-    scaling = scaling_call(pipeline, denoiser_name, scale) if scale is not None else ""
-    lines = ["import diffusers"] if scaling.startswith("diffusers.") else []
-    lines += ["import torch", "from diffusers import DiffusionPipeline"]
+    scaling = [scaling_call(pipeline, denoiser_name, scale)] if scale is not None else []
+    lines = ["import torch", "from diffusers import DiffusionPipeline"]
     lines += ["from peft import PeftModel"] if call.startswith("PeftModel") else []
-    # the older name, which every version that we support understands
     base = json.dumps(str(base), ensure_ascii=False)
+    # `torch_dtype` is the name that every supported version of diffusers understands
     lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base}, torch_dtype={dtype})", call]
-    return "\n".join([*lines, scaling] if scaling else lines)
+    return "\n".join(lines + scaling)
