@@ -13,6 +13,7 @@ from diffusers_diffdoctor.detector import (
     ArtifactDetectorImageProcessorPil,
 )
 from diffusers_diffdoctor.detector.modeling_artifact_detector import normalise_images
+from diffusers_diffdoctor.images import read_image
 
 
 ROUNDING = 1.01 / 255 / 0.224  # one step of 8 bits, after the division by the smallest standard deviation
@@ -38,33 +39,49 @@ def test_processor_agrees_with_confidence(processor_class, size):
         assert (found - expected).abs().max() < ROUNDING
 
 
-@pytest.mark.skipif(not is_torchvision_available(), reason="needs torchvision")
-def test_torchvision_backend_is_chosen():
-    assert ArtifactDetectorImageProcessor().backend == "torchvision"
-
-
 def test_torchvision_is_optional():
     assert is_torchvision_available() or ArtifactDetectorImageProcessor is ArtifactDetectorImageProcessorPil
 
 
-def test_maps_become_labels():
-    processor = ArtifactDetectorImageProcessor.for_detector(ArtifactDetectorConfig(image_size=64))
-    artifact_map = np.zeros((128, 128), np.uint8)
-    artifact_map[:64, 32:96] = 255
-    artifact_map[64:] = 51
-    batch = processor(
-        [Image.fromarray(noise(128, 128))] * 2,
-        artifact_maps=[Image.fromarray(artifact_map), artifact_map],
-        return_tensors="pt",
-    )
-    labels = batch["labels"]
-    assert labels.shape == (2, 1, 64, 64) and labels.is_floating_point() and torch.equal(labels[0], labels[1])
-    assert labels[0, 0, 8, 32] == 1 and labels[0, 0, 8, 4] == 0
-    assert labels[0, 0, 60, 4].item() == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="Artifact map 0 has the shape"):
-        processor(Image.fromarray(noise(128, 128)), artifact_maps=Image.fromarray(artifact_map[:64]))
-    with pytest.raises(ValueError, match="Got 2 images and 1 artifact maps"):
-        processor([noise(64, 64)] * 2, artifact_maps=[artifact_map[:64, :64]])
+def test_all_kinds_of_input_are_the_same_image():
+    processor = ArtifactDetectorImageProcessorPil.for_detector(ArtifactDetectorConfig(image_size=64))
+    array = noise(64, 96)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    expected = processor(array, return_tensors="pt")["pixel_values"]
+    for same in (Image.fromarray(array), tensor, array / 255, tensor / 255, (tensor / 255).double(), [array / 255]):
+        assert torch.equal(processor(same, return_tensors="pt")["pixel_values"], expected)
+    gray = Image.fromarray(array[..., 0])
+    expected = processor(gray.convert("RGB"), return_tensors="pt")["pixel_values"]
+    floats = Image.fromarray(array[..., 0].astype(np.float32) / 255)
+    for same in (gray, floats, tensor[:1] / 255):
+        assert torch.equal(processor(same, return_tensors="pt")["pixel_values"], expected)
+
+
+def test_transparent_parts_lie_on_white():
+    processor = ArtifactDetectorImageProcessorPil.for_detector(ArtifactDetectorConfig(image_size=64))
+    rgba = np.concatenate([noise(64, 96), np.full((64, 96, 1), 255, np.uint8)], axis=2)
+    rgba[:, :40, 3] = 0
+    expected = processor(read_image(rgba), return_tensors="pt")["pixel_values"]
+    tensor = torch.from_numpy(rgba).permute(2, 0, 1)
+    for same in (Image.fromarray(rgba), rgba, tensor, tensor / 255):
+        assert torch.equal(processor(same, return_tensors="pt")["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (noise(64, 64).astype(np.float32), ValueError, r"must lie in \[0, 1\], found values from 0 to 255"),
+        (torch.full((3, 64, 64), float("nan")), ValueError, "from nan to nan"),
+        (noise(64, 64).astype(np.int64), TypeError, "found int64"),
+        (Image.fromarray(noise(64, 64)[..., 0].astype(np.uint16) * 257), TypeError, "found uint16.*read_image"),
+    ],
+)
+def test_other_ranges_are_refused(image, error, message):
+    processor = ArtifactDetectorImageProcessorPil.for_detector(ArtifactDetectorConfig(image_size=64))
+    with pytest.raises(error, match=message):
+        processor(image)
+    with pytest.raises(ValueError, match="`do_rescale` must stay true"):
+        processor(noise(64, 64) / 255, do_rescale=False)
 
 
 def test_post_processing_is_the_end_of_confidence():

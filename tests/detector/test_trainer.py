@@ -1,9 +1,12 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+import io
+
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features
 from datasets import Image as ImageFeature
+from fixtures.segformer import tiny_detector
 from PIL import Image
 from transformers import pipeline
 
@@ -15,7 +18,8 @@ from diffusers_diffdoctor.detector import (
     ArtifactDetectorTrainer,
     ArtifactDetectorTrainingArguments,
 )
-from diffusers_diffdoctor.detector.modeling_artifact_detector import normalise_images
+from diffusers_diffdoctor.detector.modeling_artifact_detector import normalise_images, squared_error
+from diffusers_diffdoctor.images import to_image_tensor
 
 
 CONFIG = {
@@ -203,7 +207,7 @@ def test_collator_prepares_as_the_model_does(model):
     image = torch.from_numpy(np.array(row["image"])).permute(2, 0, 1)[None] / 255
     expected = normalise_images(image, model.config)
     assert batch["pixel_values"].shape == expected.shape == (1, 3, 64, 64)
-    assert (batch["pixel_values"] - expected).abs().max() < 1 / 255 / 0.22  # PIL rounds to 8 bits
+    assert torch.equal(batch["pixel_values"], expected)
     assert batch["labels"].shape == (1, 1, 64, 64) and batch["labels"].max() == 1
 
 
@@ -240,8 +244,130 @@ def test_shapes_are_padded_to_one_batch(model):
     ]
     batch = ArtifactDetectorCollator(model.config)(rows)
     assert batch["pixel_values"].shape == (2, 3, 64, 128)
-    assert batch["labels"][0, 0, :, :64].min() == 1 and batch["labels"][0, 0, :, 64:].max() == 0
+    assert batch["labels"][0, 0, :, :64].min() == 1 and (batch["labels"][0, 0, :, 64:] == -1).all()
     assert batch["pixel_values"][0, :, :, 64:].abs().max() == 0 and batch["labels"][1].min() == 1
+
+
+def test_padding_counts_in_no_loss():
+    """Against a loop over the images, each without what is not its own."""
+    model = tiny_detector(image_size=64)
+    rows = [*red_squares(1), *red_squares(1, seed=3)]
+    rows[1] = {name: image.crop((0, 0, 64, 24)) for name, image in rows[1].items()}
+    batch = ArtifactDetectorCollator(model.config)(rows)
+    with torch.no_grad():
+        outputs = model(**batch)
+    confidence = torch.nn.functional.interpolate(
+        outputs.logits, size=batch["labels"].shape[-2:], mode="bilinear"
+    ).sigmoid()
+    sizes = [(64, 64), (64, 160)]  # 24 x 64 pixels become 64 x 160
+    errors = [
+        (confidence[i, :, :h, :w] - batch["labels"][i, :, :h, :w]).square().mean().item()
+        for i, (h, w) in enumerate(sizes)
+    ]
+    assert batch["labels"].shape == (2, 1, 64, 160) and errors[0] != pytest.approx(errors[1], rel=0.1)
+    assert outputs.loss.item() == pytest.approx(np.mean(errors), rel=1e-5)
+    assert squared_error(torch.ones(1, 1, 2, 2), torch.full((1, 1, 2, 2), -1.0)).item() == 0
+
+
+def mixed_shapes():
+    """Six images of three shapes, two of them clean, larger than the detector's 64 pixels."""
+    for index, row in enumerate(red_squares(6, side=160)):
+        box = ((0, 0, 160, 160), (0, 30, 160, 110), (20, 0, 120, 160))[index // 2]
+        yield {name: image.crop(box) for name, image in row.items()}
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 6])
+def test_evaluation_is_inference_image_by_image_whatever_the_batch(tmp_path, batch_size):
+    model, rows = tiny_detector(image_size=64), list(mixed_shapes())
+    errors, clean_errors, highest = [], [], []
+    for row in rows:
+        truth = torch.from_numpy(np.array(row["artifact_map"]))[None, None] / 255
+        with torch.no_grad():
+            found = model.confidence(torch.from_numpy(np.array(row["image"])).permute(2, 0, 1)[None] / 255)
+        errors.append((found - truth).square().mean().item())
+        highest.append(found.max().item())
+        if truth.max() == 0:
+            clean_errors.append(errors[-1])
+    threshold = float(np.median(highest))
+    data = as_dataset(rows)
+    args = arguments(tmp_path, per_device_eval_batch_size=batch_size, threshold=threshold)
+    metrics = ArtifactDetectorTrainer(model, args, eval_dataset=data).evaluate()
+    expected = {
+        "eval_mse": np.mean(errors),
+        "eval_loss": np.mean(errors),
+        "eval_mse_clean": np.mean(clean_errors),
+        "eval_true_positive_rate": np.mean([c >= threshold for c in highest[::2]]),
+        "eval_false_positive_rate": np.mean([c >= threshold for c in highest[1::2]]),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
+    assert np.std(errors) > 0.01  # so that another weighting of the images would show
+
+
+@pytest.mark.parametrize(("size", "side"), [(512, 6), (1024, 3), (100, 1), (40, 1)])
+def test_a_thin_artifact_stays_certain(model, tmp_path, size, side):
+    """Thinner than a pixel of what the detector sees (64), or just enlarged; soft values are not raised beyond their own."""
+    image, artifact_map = Image.new("RGB", (size, size), "gray"), np.zeros((size, size), np.uint8)
+    artifact_map[size // 3 : size // 3 + side, size // 2 : size // 2 + side] = 255
+    artifact_map[0, 0] = 51
+    row = {"image": image, "artifact_map": Image.fromarray(artifact_map)}
+    labels = ArtifactDetectorCollator(model.config)([row])["labels"][0, 0]
+    assert labels.shape == (64, 64) and labels.max() == 1 and labels[0, 0] == pytest.approx(0.2)
+    assert labels[int(64 / 3) - 1 : int(64 / 3) + 2, 31:34].max() == 1
+    assert (labels == 1).sum() <= (np.ceil(side * 64 / size) + 1) ** 2  # it grows by less than a pixel
+    args = arguments(tmp_path, per_device_eval_batch_size=2)
+    clean = {"image": image, "artifact_map": Image.new("L", image.size)}
+    metrics = ArtifactDetectorTrainer(model, args, eval_dataset=as_dataset([row, clean])).evaluate()
+    assert metrics["eval_true_positive_rate"] in (0, 1)  # one image with an artifact, not none
+    with torch.no_grad():
+        found = model.eval().confidence(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255)
+    assert metrics["eval_mse_clean"] == pytest.approx(found.square().mean().item(), rel=1e-4)
+
+
+def test_masks_of_zero_and_one_are_refused_until_they_are_explained(model, tmp_path):
+    full = list(red_squares(4))
+    ones = [row | {"artifact_map": row["artifact_map"].point(lambda value: value // 255)} for row in full]
+    with pytest.raises(ValueError, match=r"highest value of an 8-bit artifact map is 1.*`map_maximum=1`"):
+        ArtifactDetectorTrainer(model, arguments(tmp_path), train_dataset=as_dataset(ones)).train()
+    args = arguments(tmp_path, map_maximum=1)
+    explained = ArtifactDetectorTrainer(model, args, train_dataset=as_dataset(ones), eval_dataset=as_dataset(ones))
+    expected = ArtifactDetectorCollator(model.config)(full)["labels"]
+    assert torch.equal(explained.data_collator(ones)["labels"], expected)
+    assert torch.equal(explained.eval_collator(ones)["labels"], expected)
+    bools = [row | {"artifact_map": row["artifact_map"].convert("1")} for row in full]
+    assert torch.equal(ArtifactDetectorCollator(model.config)(bools)["labels"], expected)
+    with pytest.raises(ValueError, match="`map_maximum` must be 255, 1 or None"):
+        arguments(tmp_path, map_maximum=2)
+
+
+def test_a_metric_over_no_image_is_nan_and_said(model, tmp_path):
+    broken = list(red_squares(4))[::2]
+    trainer = ArtifactDetectorTrainer(model, arguments(tmp_path), eval_dataset=as_dataset(broken))
+    with pytest.warns(UserWarning, match="mse_clean and false_positive_rate: nan"):
+        metrics = trainer.evaluate()
+    assert np.isnan(metrics["eval_mse_clean"]) and np.isnan(metrics["eval_false_positive_rate"])
+    assert np.isfinite(metrics["eval_mse"]) and metrics["eval_true_positive_rate"] in (0, 1)
+    assert "eval_mse_clean" in trainer.state.log_history[-1]
+
+
+def test_training_reads_images_as_everybody_does(model):
+    """Alpha on white, turned, 16 bits: what the detector is trained on is what `read_image` shows."""
+    row = next(red_squares(1, side=96))
+    rgba = row["image"].copy()
+    rgba.putalpha(row["artifact_map"].point(lambda value: 255 - value))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    row["image"].save(file, "PNG", exif=exif)
+    deep = Image.fromarray(np.asarray(row["artifact_map"]).astype(np.uint16) * 257)
+    turned = {"image": Image.open(file), "artifact_map": row["artifact_map"].rotate(-90)}
+    for one in ({"image": rgba, "artifact_map": deep}, turned, {"image": np.asarray(rgba), "artifact_map": deep}):
+        batch = ArtifactDetectorCollator(model.config)([one])
+        expected = normalise_images(to_image_tensor(one["image"])[None], model.config)
+        assert torch.equal(batch["pixel_values"], expected)
+        red = expected[0, 0] - expected[0, 1] > 2
+        white = (expected[0] > 2).all(dim=0)
+        seen = red | white  # the artifact, red or transparent
+        assert (seen == (batch["labels"][0, 0] > 0.5)).float().mean() > 0.93
 
 
 def test_bad_input_is_named(model, tmp_path):
@@ -258,7 +384,7 @@ def test_bad_input_is_named(model, tmp_path):
     image = Image.new("RGB", (64, 64))
     with pytest.raises(ValueError, match="64 x 64 pixels has a map of 32 x 64"):
         collate([{"image": image, "artifact_map": Image.new("L", (32, 64))}])
-    with pytest.raises(ValueError, match="found mode RGB"):
+    with pytest.raises(ValueError, match=r"one channel .*found mode RGB"):
         collate([{"image": image, "artifact_map": image}])
     with pytest.raises(TypeError, match="cast_column"):
         collate([{"image": "file.png", "artifact_map": image}])

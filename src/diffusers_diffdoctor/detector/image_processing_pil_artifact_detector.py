@@ -1,14 +1,15 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Image processor of the artifact detector on PIL and numpy, and what both backends share."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
-    ChannelDimension,
     ImageInput,
     PILImageResampling,
     SizeDict,
@@ -17,8 +18,11 @@ from transformers.image_utils import (
 from .configuration_artifact_detector import ArtifactDetectorConfig, detector_input_size
 
 
+RANGE_TOLERANCE = 1e-3  # by which floats may leave [0, 1]: rounding, not another range
+
+
 class ArtifactDetectorImageProcessing:
-    """What does not depend on the backend: the size rule, the maps beside the images, and the way back to maps."""
+    """What does not depend on the backend: the range of values, the size rule, and the way from logits to maps."""
 
     resample = PILImageResampling.BILINEAR
     image_mean = IMAGENET_DEFAULT_MEAN
@@ -41,43 +45,31 @@ class ArtifactDetectorImageProcessing:
             image_std=list(config.image_std),
         )
 
-    def preprocess(self, images: ImageInput, artifact_maps: ImageInput | None = None, **kwargs) -> BatchFeature:
-        """Prepare images, and for training their artifact maps.
+    def preprocess(self, images: ImageInput, **kwargs) -> BatchFeature:
+        """Prepare images.
 
         Args:
-            images: PIL images, arrays or tensors of 8-bit values (pass `do_rescale=False` for floats in [0, 1]), in any
-                number; with `return_tensors` all must come to the same size.
-            artifact_maps: one per image, of its height and width: PIL "L" images or arrays (H, W), 255 = 1.0 = artifact.
+            images: PIL images, arrays or tensors, of 8-bit values or floats in [0, 1], in any number; transparent parts are
+                laid on white. With `return_tensors` all must come to the same size.
 
         Returns:
-            `pixel_values` (3, h, w) each, and `labels` (1, h, w) each, float in [0, 1], with h and w as in
-            [`detector_input_size`].
-        """
-        return super().preprocess(images, artifact_maps, **kwargs)
+            `pixel_values` (3, h, w) each, with h and w as in [`detector_input_size`].
 
-    def _preprocess_image_like_inputs(self, images, artifact_maps=None, return_tensors=None, **kwargs) -> BatchFeature:
-        # The backends hand different arguments to these methods: of the preparation, only PIL has no device.
-        prepare = {
-            name: kwargs.pop(name) for name in ("do_convert_rgb", "input_data_format", "device") if name in kwargs
-        }
-        if self.backend == "pil":
-            prepare.pop("device", None)
-        images = self._prepare_image_like_inputs(images=images, **prepare)
-        data = {"pixel_values": self._preprocess(images, return_tensors=None, **kwargs)["pixel_values"]}
-        if artifact_maps is not None:
-            prepare |= {"do_convert_rgb": False, "input_data_format": ChannelDimension.FIRST}
-            maps = self._prepare_image_like_inputs(images=artifact_maps, expected_ndims=2, **prepare)
-            if len(maps) != len(images):
-                raise ValueError(f"Got {len(images)} images and {len(maps)} artifact maps; pass one map per image.")
-            for index, (image, artifact_map) in enumerate(zip(images, maps)):
-                if artifact_map.shape != (1, *image.shape[-2:]):
-                    raise ValueError(
-                        f"Artifact map {index} has the shape {tuple(artifact_map.shape)}, its image is "
-                        f"{image.shape[-2]} x {image.shape[-1]}; a map has one channel and the size of its image."
-                    )
-            kwargs |= {"do_normalize": False, "do_rescale": True, "rescale_factor": 1 / 255}
-            data["labels"] = self._preprocess(maps, return_tensors=None, **kwargs)["pixel_values"]
-        return BatchFeature(data=data, tensor_type=return_tensors)
+        Raises:
+            ValueError: floats outside [0, 1], or `do_rescale=False`, which would leave the range in doubt.
+            TypeError: integers of more than 8 bits.
+        """
+        if not kwargs.get("do_rescale", self.do_rescale):
+            raise ValueError("`do_rescale` must stay true: floats in [0, 1] are recognised and need no other setting.")
+        return super().preprocess(images, **kwargs)
+
+    def process_image(self, image, *args, **kwargs):
+        """As the backend's, which then sees 8-bit values whatever came in."""
+        if not isinstance(image, Image.Image):
+            image = _to_8_bits(image)
+        elif image.mode.startswith(("I", "F")):  # more than 8 bits
+            image = Image.fromarray(_to_8_bits(image))
+        return super().process_image(image, *args, **kwargs)
 
     def resize(self, image, size: SizeDict, resample=None, **kwargs):
         """Resize to the detector's input size for the short side `size.shortest_edge`, or to a given height and width."""
@@ -109,6 +101,24 @@ class ArtifactDetectorImageProcessing:
             ).sigmoid()[0, 0]
             for one, size in zip(logits, target_sizes)
         ]
+
+
+def _to_8_bits(image):
+    """Array or tensor of bytes or of floats in [0, 1] -> bytes."""
+    image = image if isinstance(image, torch.Tensor) else np.asarray(image)
+    if image.dtype in (torch.uint8, np.uint8):
+        return image
+    remedy = "For pictures of any kind there is `diffusers_diffdoctor.images.read_image`."
+    if not (image.is_floating_point() if isinstance(image, torch.Tensor) else image.dtype.kind == "f"):
+        raise TypeError(f"Images must be 8-bit (uint8) or floats in [0, 1], found {image.dtype}. {remedy}")
+    low, high = float(image.min()), float(image.max())
+    if not (low >= -RANGE_TOLERANCE and high <= 1 + RANGE_TOLERANCE):
+        raise ValueError(
+            f"Images of floats must lie in [0, 1], found values from {low:.4g} to {high:.4g}. Cast 8-bit values to uint8. "
+            f"{remedy}"
+        )
+    image = (image.clip(0, 1) * 255).round()
+    return image.to(torch.uint8) if isinstance(image, torch.Tensor) else image.astype(np.uint8)
 
 
 class ArtifactDetectorImageProcessorPil(ArtifactDetectorImageProcessing, PilBackend):

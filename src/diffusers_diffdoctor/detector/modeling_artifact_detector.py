@@ -64,6 +64,38 @@ def normalise_images(images: torch.Tensor, config: ArtifactDetectorConfig) -> to
     return (images - mean) / std
 
 
+def check_labels(pixel_values: torch.Tensor, labels: torch.Tensor) -> None:
+    """Refuse labels that are no artifact maps of these images: another shape, type or range."""
+    if labels.ndim != 4 or labels.shape[:2] != (len(pixel_values), 1):
+        raise ValueError(
+            f"labels must have the shape (B, 1, H, W) with B = {len(pixel_values)}, got {tuple(labels.shape)}."
+        )
+    if not labels.is_floating_point():
+        raise TypeError(f"labels must be floating point maps in [0, 1], got {labels.dtype}; divide 8-bit by 255.")
+    if torch.compiler.is_compiling():
+        return
+    low, high = torch.stack(torch.aminmax(labels)).tolist()
+    if not (low >= -1 and high <= 1):
+        raise ValueError(
+            f"labels must lie in [0, 1], or be -1 where pixels do not count, found values from {low:.4g} to {high:.4g}; "
+            "divide 8-bit by 255."
+        )
+
+
+def squared_error(confidence: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Per image, the mean of `(confidence - labels)^2` over the pixels whose label is not negative.
+
+    Args:
+        confidence, labels: (B, 1, H, W).
+
+    Returns:
+        (B,), 0 for an image of which no pixel counts.
+    """
+    counted = labels >= 0
+    error = ((confidence - labels).square() * counted).flatten(1).sum(dim=1)
+    return error / counted.flatten(1).sum(dim=1).clamp(min=1)
+
+
 class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
     """SegFormer with one output channel that learns and predicts artifact maps (DiffDoctor, section 3.2).
 
@@ -101,22 +133,20 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
 
         Args:
             pixel_values: normalised images (B, 3, h, w), as an [`ArtifactDetectorImageProcessor`] makes them.
-            labels: artifact maps (B, 1, H, W), float in [0, 1], 1 = artifact. H and W may differ from h and w.
+            labels: artifact maps (B, 1, H, W), float in [0, 1], 1 = artifact, and -1 where a pixel is not to count, such as
+                padding. H and W may differ from h and w.
 
         Returns:
-            `SemanticSegmenterOutput` with `logits` (B, 1, h/4, w/4) and `loss`, the mean over pixels of the squared
-            difference between `sigmoid` of the logits, upsampled to (H, W), and the labels.
+            `SemanticSegmenterOutput` with `logits` (B, 1, h/4, w/4) and `loss`, the mean over images of the mean over the
+            counted pixels of the squared difference between `sigmoid` of the logits, upsampled to (H, W), and the labels.
+            So an image weighs the same whatever else is in its batch.
         """
-        if labels is not None and (labels.ndim != 4 or labels.shape[:2] != (len(pixel_values), 1)):
-            raise ValueError(
-                f"labels must have the shape (B, 1, H, W) with B = {len(pixel_values)}, got {tuple(labels.shape)}."
-            )
-        if labels is not None and not labels.is_floating_point():
-            raise TypeError(f"labels must be floating point maps in [0, 1], got {labels.dtype}; divide 8-bit by 255.")
+        if labels is not None:
+            check_labels(pixel_values, labels)
         outputs = super().forward(pixel_values, return_dict=True, **kwargs)
         if labels is not None:
             outputs = SemanticSegmenterOutput(
-                loss=F.mse_loss(self._upsample(outputs.logits, labels.shape[-2:]), labels),
+                loss=squared_error(self._upsample(outputs.logits, labels.shape[-2:]), labels).mean(),
                 **outputs,
             )
         return outputs

@@ -6,20 +6,31 @@ Left out on purpose: the data loop of the paper. It makes datasets, and this tra
 
 import io
 import os
+import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
+from ..images import read_artifact_map, read_image, to_image_tensor
 from .configuration_artifact_detector import ArtifactDetectorConfig
+from .modeling_artifact_detector import (
+    ArtifactDetectorForSemanticSegmentation,
+    check_labels,
+    normalise_images,
+    squared_error,
+)
 
 
 IMAGE, MAP = "image", "artifact_map"
-PIXELS, LABELS = "pixel_values", "labels"
+PIXELS, LABELS, SIZES = "pixel_values", "labels", "sizes"
+NOT_COUNTED = -1.0  # label of a pixel that no loss and no metric counts
 
 
 @dataclass
@@ -34,6 +45,8 @@ class ArtifactDetectorTrainingArguments(TrainingArguments):
         jpeg_probability (`float`, *optional*, defaults to 0): probability in [0, 1] that a training image goes through JPEG,
             so that the detector cannot learn the compression of a source instead of its artifacts.
         jpeg_quality_min, jpeg_quality_max (`int`, *optional*, default to 50 and 95): range of the JPEG quality, 1 to 100.
+        map_maximum (`int`, *optional*): the value of 8-bit artifact maps that stands for 1.0: 255 (confidences) or 1 (class
+            indices). Without it 255, and a map whose highest value is 1 is refused, because it could be either.
         threshold (`float`, *optional*, defaults to 0.5): highest confidence from which an image counts as having artifacts,
             in the evaluation's rates.
     """
@@ -49,6 +62,13 @@ class ArtifactDetectorTrainingArguments(TrainingArguments):
     )
     jpeg_quality_min: int = field(default=50, metadata={"help": "Lowest JPEG quality, 1 to 100."})
     jpeg_quality_max: int = field(default=95, metadata={"help": "Highest JPEG quality, 1 to 100."})
+    map_maximum: int | None = field(
+        default=None,
+        metadata={
+            "help": "Value of 8-bit artifact maps that stands for 1.0: 255 or 1. By default 255, and a highest value of 1 is "
+            "refused."
+        },
+    )
     threshold: float = field(
         default=0.5, metadata={"help": "Highest confidence from which an image counts as having artifacts."}
     )
@@ -63,6 +83,8 @@ class ArtifactDetectorTrainingArguments(TrainingArguments):
                 "`jpeg_quality_min` and `jpeg_quality_max` must be in order and lie in [1, 100], found "
                 f"{self.jpeg_quality_min} and {self.jpeg_quality_max}."
             )
+        if self.map_maximum not in (None, 1, 255):
+            raise ValueError(f"`map_maximum` must be 255, 1 or None, found {self.map_maximum}.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be false: the collator reads the columns of the dataset.")
 
@@ -70,15 +92,21 @@ class ArtifactDetectorTrainingArguments(TrainingArguments):
 class ArtifactDetectorCollator:
     """Rows of a dataset to a batch for the detector.
 
-    A row has either `image` and `artifact_map`, PIL images of one size, the map 8-bit with 255 = 1.0 = artifact; they are
-    prepared by [`ArtifactDetectorImageProcessor`]. Or it has `pixel_values` (3, h, w) and `labels` (1, H, W), which are
-    stacked as they are. Prepared images of different shapes are padded on the right and below with the mean colour, their
-    maps with 0.
+    A row has `image` and `artifact_map` of one size, read by [`read_image`] and [`read_artifact_map`]. The image is prepared
+    as the detector does it in `confidence`, so that training and inference see the same. The map is reduced to the size at
+    which the detector sees the image: a pixel takes the highest value of all that it covers, so that an artifact thinner
+    than it stays as certain as it was. What differs in shape is padded on the right and below, images with the mean colour,
+    maps with -1, which no loss and no metric counts.
+
+    Or a row has `pixel_values` (3, h, w) and `labels` (1, H, W), which are stacked as they are.
 
     Args:
         config: configuration of the detector.
-        flip_probability, jpeg_probability, jpeg_quality: augmentation, see [`ArtifactDetectorTrainingArguments`]. Drawn from
-            torch's generator, so that runs can be repeated; resumed in the middle of an epoch, a run draws others.
+        flip_probability, jpeg_probability, jpeg_quality, map_maximum: see [`ArtifactDetectorTrainingArguments`].
+            Augmentation is drawn from torch's generator, so that runs can be repeated; resumed in the middle of an epoch, a
+            run draws others.
+        for_evaluation: leave maps at the size of their images, and say in `sizes` (B, 4) how high and wide the pixel values
+            and the maps are without padding.
     """
 
     def __init__(
@@ -87,33 +115,30 @@ class ArtifactDetectorCollator:
         flip_probability: float = 0.0,
         jpeg_probability: float = 0.0,
         jpeg_quality: tuple[int, int] = (50, 95),
+        map_maximum: int | None = None,
+        for_evaluation: bool = False,
     ):
-        from . import ArtifactDetectorImageProcessor
-
-        self.processor = ArtifactDetectorImageProcessor.for_detector(config)
+        self.config = config
         self.flip_probability = flip_probability
         self.jpeg_probability = jpeg_probability
         self.jpeg_quality = jpeg_quality
+        self.map_maximum = map_maximum
+        self.for_evaluation = for_evaluation
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if all(PIXELS in row for row in rows):
             return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in (PIXELS, LABELS)}
-        images, maps = zip(*(self._augment(*_read(row)) for row in rows))
-        # One by one: images of different shapes are no batch yet.
-        prepared = [
-            self.processor(image, artifact_maps=artifact_map, return_tensors="pt")
-            for image, artifact_map in zip(images, maps)
-        ]
-        height, width = (max(part[PIXELS].shape[side] for part in prepared) for side in (-2, -1))
-        return {
-            name: torch.cat(
-                [
-                    F.pad(part[name].float(), (0, width - part[name].shape[-1], 0, height - part[name].shape[-2]))
-                    for part in prepared
-                ]
-            )
-            for name in (PIXELS, LABELS)
-        }
+        images, maps = zip(*(self._prepare(row) for row in rows))
+        batch = {PIXELS: _padded(images, 0.0), LABELS: _padded(maps, NOT_COUNTED)}
+        if self.for_evaluation:
+            batch[SIZES] = torch.tensor([(*image.shape[-2:], *one.shape[-2:]) for image, one in zip(images, maps)])
+        return batch
+
+    def _prepare(self, row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        image, artifact_map = self._augment(*_read(row, self.map_maximum))
+        pixels = normalise_images(to_image_tensor(image)[None], self.config)
+        labels = torch.from_numpy(np.array(artifact_map))[None, None] / 255
+        return pixels[0], labels[0] if self.for_evaluation else F.adaptive_max_pool2d(labels, pixels.shape[-2:])[0]
 
     def _augment(self, image: Image.Image, artifact_map: Image.Image) -> tuple[Image.Image, Image.Image]:
         if torch.rand(()) < self.flip_probability:
@@ -126,25 +151,28 @@ class ArtifactDetectorCollator:
         return image, artifact_map
 
 
-def _read(row: dict[str, Any]) -> tuple[Image.Image, Image.Image]:
+def _read(row: dict[str, Any], map_maximum: int | None = None) -> tuple[Image.Image, Image.Image]:
+    """The image (RGB) and its map (L), of one size."""
     for name in (IMAGE, MAP):
-        if not isinstance(row.get(name), Image.Image):
+        if row.get(name) is None or isinstance(row[name], (str, dict)):
             raise TypeError(
-                f"The column `{name}` must hold PIL images, found {type(row.get(name)).__name__}. With `datasets`, cast it: "
+                f"The column `{name}` must hold images, found {type(row.get(name)).__name__}. With `datasets`, cast it: "
                 f'dataset.cast_column("{name}", datasets.Image()).'
             )
-    image, artifact_map = row[IMAGE].convert("RGB"), row[MAP]
-    if artifact_map.mode not in ("L", "1"):
-        raise ValueError(
-            f"The column `{MAP}` must hold 8-bit maps of one channel (mode L, 255 = artifact), found mode "
-            f"{artifact_map.mode}; convert them so that 1.0 becomes 255."
-        )
+    image, artifact_map = read_image(row[IMAGE]), read_artifact_map(row[MAP], map_maximum)
     if image.size != artifact_map.size:
         raise ValueError(
             f"An image of {image.size[0]} x {image.size[1]} pixels has a map of {artifact_map.size[0]} x "
-            f"{artifact_map.size[1]}; a map must have the size of its image."
+            f"{artifact_map.size[1]}; a map must have the size of its image, turned as the image is shown."
         )
-    return image, artifact_map.convert("L")
+    return image, artifact_map
+
+
+def _padded(images: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+    height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+    return torch.stack(
+        [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]), value=value) for image in images]
+    )
 
 
 def detector_metrics(prediction: EvalPrediction, threshold: float = 0.5) -> dict[str, float]:
@@ -158,7 +186,7 @@ def detector_metrics(prediction: EvalPrediction, threshold: float = 0.5) -> dict
     Returns:
         `mse`; `mse_clean`, over images whose true map is all zero; `true_positive_rate`, the share of images with artifacts
         that are found; `false_positive_rate`, the share of the others in which artifacts are claimed. A metric over no
-        image is left out.
+        image is nan, and a warning says so.
     """
     (error, confidence), truth = torch.as_tensor(prediction.predictions).T, torch.as_tensor(prediction.label_ids)
     found, broken = (confidence >= threshold).float(), truth >= threshold
@@ -168,7 +196,14 @@ def detector_metrics(prediction: EvalPrediction, threshold: float = 0.5) -> dict
         "true_positive_rate": found[broken],
         "false_positive_rate": found[~broken],
     }
-    return {name: values.mean().item() for name, values in metrics.items() if len(values)}
+    undefined = [name for name, values in metrics.items() if not len(values)]
+    if undefined:
+        warnings.warn(
+            f"{' and '.join(undefined)}: nan, because the evaluation has no image to measure on. It needs images with "
+            f"artifacts (a map that reaches {threshold:g}) as well as images without (a map of zeros).",
+            stacklevel=2,
+        )
+    return {name: values.mean().item() for name, values in metrics.items()}
 
 
 class ArtifactDetectorTrainer(Trainer):
@@ -212,7 +247,7 @@ class ArtifactDetectorTrainer(Trainer):
         compute_metrics: Any = None,
         **kwargs,
     ):
-        from . import ArtifactDetectorForSemanticSegmentation
+        from . import ArtifactDetectorImageProcessor
 
         args = ArtifactDetectorTrainingArguments() if args is None else args
         if not isinstance(args, ArtifactDetectorTrainingArguments):
@@ -226,19 +261,23 @@ class ArtifactDetectorTrainer(Trainer):
             _check_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
         self.eval_collator = data_collator
         if data_collator is None:
-            self.eval_collator = ArtifactDetectorCollator(model.config)
+            self.eval_collator = ArtifactDetectorCollator(
+                model.config, map_maximum=args.map_maximum, for_evaluation=True
+            )
             data_collator = ArtifactDetectorCollator(
                 model.config,
                 args.flip_probability,
                 args.jpeg_probability,
                 (args.jpeg_quality_min, args.jpeg_quality_max),
+                args.map_maximum,
             )
+            # saved with the weights
+            kwargs.setdefault("processing_class", ArtifactDetectorImageProcessor.for_detector(model.config))
         if compute_metrics is None:
 
             def compute_metrics(prediction):
                 return detector_metrics(prediction, args.threshold)
 
-        kwargs.setdefault("processing_class", getattr(self.eval_collator, "processor", None))  # saved with the weights
         super().__init__(
             model=model,
             args=args,
@@ -263,19 +302,30 @@ class ArtifactDetectorTrainer(Trainer):
             self.data_collator = training_collator
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(loss, figures (B, 2), truth (B,)); see [`detector_metrics`]."""
+        """(loss, figures (B, 2), truth (B,)); see [`detector_metrics`].
+
+        Each image is seen without the padding that its batch brought, and measured at the full size of its map: the figures
+        are those of `confidence`, image by image, whatever the batch is.
+        """
         inputs = self._prepare_inputs(inputs)
-        labels = inputs[LABELS]
-        with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs)
-        if prediction_loss_only:
-            return outputs.loss.detach(), None, None
-        confidence = F.interpolate(
-            outputs.logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False
-        ).sigmoid()
-        error = (confidence - labels).square().flatten(1).mean(dim=1)
-        figures = torch.stack([error, confidence.flatten(1).amax(dim=1)], dim=1)
-        return outputs.loss.detach(), figures, labels.flatten(1).amax(dim=1)
+        pixels, labels = inputs[PIXELS], inputs[LABELS]
+        check_labels(pixels, labels)
+        whole = torch.tensor([(*pixels.shape[-2:], *labels.shape[-2:])] * len(labels))
+        groups = defaultdict(list)  # size -> rows of the batch
+        for row, size in enumerate(inputs.get(SIZES, whole).tolist()):
+            groups[tuple(size)].append(row)
+        figures = labels.new_empty(len(labels), 2)
+        for (h, w, height, width), rows in groups.items():
+            truth = labels[rows, :, :height, :width]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                logits = model(pixel_values=pixels[rows, :, :h, :w]).logits
+            confidence = F.interpolate(
+                logits.float(), size=(height, width), mode="bilinear", align_corners=False
+            ).sigmoid()
+            figures[rows, 0] = squared_error(confidence, truth)
+            figures[rows, 1] = confidence.flatten(1).amax(dim=1)
+        loss = figures[:, 0].mean()
+        return (loss, None, None) if prediction_loss_only else (loss, figures, labels.flatten(1).amax(dim=1))
 
     # The parent puts the tensors of a checkpoint's file into the model by their names there. Files keep the names that
     # SegFormer had before transformers 5, so it would find none and go on with random weights.
