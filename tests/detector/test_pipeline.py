@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import pipeline
 
 import diffusers_diffdoctor  # noqa: F401
+from diffusers_diffdoctor import miniature
 from diffusers_diffdoctor.detector import pipeline_artifact_detection
 from diffusers_diffdoctor.detector.tiling import tile_starts, tiled_confidence
 
@@ -63,6 +64,20 @@ def test_all_kinds_of_input_agree(detect, picture):
     for result in results:
         assert result["max_confidence"] == single["max_confidence"]
         assert result["artifact_map"].tobytes() == single["artifact_map"].tobytes()
+
+
+def test_weights_stored_in_half_precision_run_on_a_cpu(detect, picture, tmp_path):
+    tiny_detector().half().save_pretrained(tmp_path / "half")
+    half = pipeline("artifact-detection", model=str(tmp_path / "half"), device="cpu")
+    assert half.model.dtype == torch.float32
+    rounded = tiny_detector().half().float()
+    with torch.no_grad():
+        expected = rounded.confidence(as_tensor(picture)).max().item()
+    assert half(str(picture))["max_confidence"] == pytest.approx(expected, abs=1e-6)
+    bundled = pipeline(
+        "artifact-detection", model=str(miniature.load("detector")), device="cpu"
+    )  # float16 in its file
+    assert 0 <= bundled(str(picture))["max_confidence"] <= 1
 
 
 def test_images_turn_as_exif_says(detect, picture):

@@ -72,6 +72,9 @@ class ArtifactDetectionPipeline(Pipeline):
                 f"{type(self.model).__name__} has none."
             )
         self.model.eval()
+        # Weights that are stored in half precision come in it; a CPU has little to gain and lacks some of its operations.
+        if self.device.type == "cpu" and self.model.dtype == torch.float16:
+            self.model.float()
 
     def __call__(self, inputs: ImageSource | list[ImageSource], **kwargs) -> dict[str, Any] | list[dict[str, Any]]:
         """Diagnose images.
