@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Where torchvision is, its image processor is the public class, and it does what the one on PIL does.
 
-`make test-torchvision` runs these (see `tests/torchvision`).
+`make test-torchvision` runs these (see `tests/beside_torchvision`).
 """
 
 import numpy as np
