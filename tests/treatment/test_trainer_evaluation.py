@@ -3,6 +3,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from fixtures.trainer import HELD_OUT, PROMPTS, assert_same, lora_of, rows, tiny_detector, tiny_trainer, trained_names
@@ -10,7 +11,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from diffusers_diffdoctor.treatment.examine import write_training_report
 
@@ -121,6 +122,78 @@ def test_the_best_lora_is_kept_and_training_stops_when_it_gets_worse(tmp_path):
     assert_same({f"transformer.{name}": value for name, value in lora_of(trainer).items()}, best)
     trainer.save_model()
     assert_same(load_file(tmp_path / "pytorch_lora_weights.safetensors"), best)
+
+
+def pixels(folder, side, count):
+    """The card's pictures, (B, 3, H, W) in [0, 1]."""
+    images = [np.array(Image.open(folder / f"images/{side}_{i}.png")) for i in range(count)]
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def test_the_card_of_the_best_lora_tells_of_that_lora(tmp_path):
+    """Figures, pictures and step, though the run went on and got worse."""
+    judged = iter([0.9, 0.5, 0.2, 0.3, 0.4])
+    parts = {"eval_dataset": rows(HELD_OUT), "compute_metrics": lambda images, prompts: {"judged": next(judged)}}
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "judged", "greater_is_better": False}
+    saved = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 0.3, "log_images": 2, "ema_decay": 0.5}
+    trainer = tiny_trainer(tmp_path, parts=parts, **EVERY_STEP | {"max_steps": 4}, **best, **saved)
+    last = []
+
+    class AtTheEnd(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                last.append(trainer.generate(HELD_OUT[:2], [1234, 1235]))
+
+    trainer.add_callback(AtTheEnd())
+    trainer.train()
+    trainer.save_model()
+    of_best = trainer.generate(HELD_OUT[:2], [1234, 1235])
+    assert (last[0] - of_best).abs().max() > 0.01
+    assert (pixels(tmp_path, "after", 2) - of_best).abs().max() < 0.003  # 8 bits
+    assert (
+        pixels(tmp_path, "before", 2) - trainer.generate(HELD_OUT[:2], [1234, 1235], treated=False)
+    ).abs().max() < 0.003
+    entries = {entry["step"]: entry for entry in trainer.state.log_history if "eval_reward" in entry}
+    card = (tmp_path / "README.md").read_text()
+    assert f"| reward | {entries[0]['eval_reward']:.4g} | {entries[2]['eval_reward']:.4g} |" in card
+    assert "| figure | step 0 | step 2 |" in card and "| `updates` | 2 |" in card
+    assert json.loads((tmp_path / "treatment.json").read_text())["step"] == 2
+
+
+def test_a_card_written_after_the_last_evaluation_says_so(tmp_path):
+    class StopAt3(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    parts = {"eval_dataset": rows(HELD_OUT), "callbacks": [StopAt3()]}
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "learning_rate": 0.3, "log_images": 1}
+    trainer = tiny_trainer(tmp_path, parts=parts, max_steps=8, **evaluated)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "| figure | step 0 | step 2 |" in card and "The LoRA here was trained further, for 3 steps." in card
+    assert (pixels(tmp_path, "after", 1) - trainer.generate(HELD_OUT[:1], [1234])).abs().max() < 0.003
+
+
+def test_the_untreated_pipeline_is_measured_once_as_step_0(tmp_path):
+    evaluated = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    parts = {"eval_dataset": rows(HELD_OUT), "judge": tiny_detector(7)}
+    trainer = tiny_trainer(tmp_path, parts=parts, max_steps=2, **evaluated)
+    images = trainer.generate(HELD_OUT, [1234, 1235, 1236], treated=False)
+    trainer.train()
+    first = trainer.state.log_history[0]
+    assert first["step"] == 0
+    for prefix, detector in (("eval_", tiny_detector()), ("eval_judge_", tiny_detector(7))):
+        highest = detector.confidence(images).detach().flatten(1).amax(1).mean().item()
+        assert first[f"{prefix}max_confidence"] == pytest.approx(highest, rel=1e-4)
+    resumed = tiny_trainer(tmp_path, parts=parts, report=True, max_steps=4, **evaluated)
+    resumed.train(resume_from_checkpoint=True)
+    steps = [entry["step"] for entry in resumed.state.log_history if "eval_reward" in entry]
+    assert steps == [0, 2, 4] and resumed.state.log_history[0] == first
+    last = resumed.state.log_history[-2]
+    assert last["step"] == 4
+    report = (tmp_path / "training_report.html").read_text()
+    assert f"{first['eval_reward']:.3f} → {last['eval_reward']:.3f}" in report
 
 
 def test_several_sets_of_held_out_prompts(tmp_path):
