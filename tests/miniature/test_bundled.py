@@ -4,6 +4,8 @@
 import json
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline
 
 from diffusers_diffdoctor import miniature
 from diffusers_diffdoctor.cli.main import main
@@ -21,6 +23,16 @@ def test_they_say_nothing_of_where_they_were_made():
     for path in miniature.WEIGHTS.rglob("*.json"):
         assert "_name_or_path" not in path.read_text(), path
     assert not list(miniature.WEIGHTS.rglob("*.py"))
+
+
+def test_the_pipeline_loads_and_draws_without_a_type_asked_for():
+    """Its files hold half precision; parts of two types would not fit together."""
+    pipeline = DiffusionPipeline.from_pretrained(miniature.load("pipeline"))
+    assert {part.dtype for part in pipeline.components.values() if isinstance(part, torch.nn.Module)} == {
+        torch.float32
+    }
+    images = pipeline("a person waving", height=64, width=64, num_inference_steps=1, output_type="pt").images
+    assert images.shape == (1, 3, 64, 64) and images.std() > 0.01
 
 
 @pytest.fixture(scope="module")

@@ -503,9 +503,15 @@ def build(parts: tuple[str, ...] = PARTS, output_dir: str | Path = "miniature", 
         pipeline = new_pipeline(vae)
         build_transformer(pipeline, output_dir, **budget)
         pipeline.to(torch.float16).save_pretrained(output_dir / "pipeline")
-        for path in (output_dir / "pipeline").rglob("*.json"):  # paths of this machine
+        for path in (output_dir / "pipeline").rglob("*.json"):
             content = json.loads(path.read_text())
-            if content.pop("_name_or_path", None) is not None:
+            path_here = content.pop("_name_or_path", None)  # of this machine
+            # Without a type asked for, transformers' parts take the one of their configuration and diffusers' float32: they
+            # must be equal.
+            half = "dtype" in content
+            if half:
+                content["dtype"] = "float32"
+            if half or path_here is not None:
                 path.write_text(json.dumps(content, indent=2) + "\n")
         vae.float()
     if "detector" in parts:
