@@ -40,12 +40,11 @@ from .config import PixelRewardConfig
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name `pipe.load_lora_weights(folder)` looks for
 _PEFT_PREFIX = "base_model.model."  # of every key in a file of PEFT
 
-# How the query, key, value and output projections of attention are called, the text's own projections (add_q_proj, to_q_t,
-# txt_...) left out: to_q, to_query, q_proj, to_out.0, out_layer, to_qkv, img_qkv_proj, img_attn_qkv, ...
-_QUERY = r"(to_|img_|img_attn_)?(q|query|qkv|qkv_mlp)(_proj|_linear)?"
-_OTHERS = (
-    r"(to_|img_|img_attn_)?(k|key|v|value|kv)(_proj|_linear)?|(to_out|out_layer|out_proj|o_proj|img_attn_proj)(\.0)?"
-)
+# How the query, key, value and output projections of attention are called: to_q, to_query, to_qkv, img_qkv_proj, img_attn_qkv,
+# to_out.0, out_layer, ... Left out are those of the text's own stream (add_q_proj, to_q_t, txt_...) and of the attention that
+# pools the text into one vector (q_proj), which HunyuanDiT reads past an adapter.
+_QUERY = r"(to_|img_|img_attn_)(q|query|qkv|qkv_mlp)(_proj)?"
+_OTHERS = r"(to_|img_|img_attn_)(k|key|v|value|kv)(_proj)?|(to_out|out_layer|out_proj|img_attn_proj)(\.0)?"
 
 
 # --- which layers --------------------------------------------------------------------------------------------------------
@@ -245,10 +244,11 @@ def _layout(denoiser: torch.nn.Module) -> dict[str, Any]:
 
 
 def _form(pipeline: DiffusionPipeline, denoiser_name: str) -> str:
+    if not hasattr(getattr(pipeline, denoiser_name), "load_lora_adapter"):
+        return "peft"  # whatever the pipeline inherits: Kandinsky 3 has a loader that its UNet lacks the other half of
     saver = getattr(pipeline, "save_lora_weights", None)
-    if saver is not None and f"{denoiser_name}_lora_layers" in inspect.signature(saver).parameters:
-        return "pipeline"
-    return "denoiser" if hasattr(getattr(pipeline, denoiser_name), "save_lora_adapter") else "peft"
+    layers = f"{denoiser_name}_lora_layers"
+    return "pipeline" if saver is not None and layers in inspect.signature(saver).parameters else "denoiser"
 
 
 def save_lora(
