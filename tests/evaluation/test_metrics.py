@@ -27,6 +27,7 @@ def test_max_area_and_frequency(maps):
     areas = [sum(value >= 0.3 for value in pixels(image)) / 35 for image in maps]
     assert 0 < min(areas)
     assert metrics.area_ratio(maps, threshold=0.3).tolist() == pytest.approx(areas)
+    assert metrics.area_ratio(maps).tolist() == pytest.approx([1 / 35, 1 / 35, 0])
     assert metrics.artifact_frequency(maps) == pytest.approx(2 / 3)
     assert metrics.artifact_frequency(maps, threshold=0.51) == pytest.approx(1 / 3)
 
@@ -60,6 +61,13 @@ def test_the_divergences_say_which_way_a_detector_errs():
     assert metrics.kl_misses(truth, truth).item() == 0 == metrics.kl_false_alarms(truth, truth).item()
     certain = metrics.kl_misses(torch.zeros_like(truth), truth)  # infinite but for eps
     assert certain.item() == pytest.approx(0.5 * -math.log(1e-6), rel=1e-4)
+
+
+def test_no_divergence_is_negative():
+    """Between neighbouring numbers nothing but rounding is left."""
+    truth = torch.rand(1000, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(6))
+    for direction, function in ((0.0, metrics.kl_misses), (1.0, metrics.kl_false_alarms)):
+        assert function(truth.nextafter(torch.tensor(direction, dtype=torch.float64)), truth).min() >= 0
 
 
 def test_error_rates():
@@ -118,6 +126,18 @@ def test_pixel_change_inside_and_outside():
         "inside": pytest.approx(sums[True] / counts[True]),
         "outside": pytest.approx(sums[False] / counts[False]),
     }
+
+
+@pytest.mark.parametrize(("side", "dilation"), [(16, 1), (64, 2), (100, 3)])
+def test_the_region_grows_with_the_image(side, dilation):
+    generator = torch.Generator().manual_seed(5)
+    before, after = torch.rand(2, 1, 3, side, side + 9, generator=generator)
+    maps = torch.zeros(1, 1, side, side + 9)
+    maps[..., 8, 8] = 1
+    change = metrics.pixel_change(before, after, maps)
+    assert change == metrics.pixel_change(before, after, maps, dilation=dilation)
+    assert change != metrics.pixel_change(before, after, maps, dilation=dilation + 1)
+    assert change != metrics.pixel_change(before, after, maps, dilation=dilation - 1)
 
 
 def test_pixel_change_without_a_region():
