@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -163,6 +164,21 @@ def test_imports_run_downward_only():
             if floor(target) >= floor(".".join(parts)):
                 uphill.append(f"{'.'.join(parts)} imports {target}")
     assert not uphill
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """Not within functions either, nor for type checkers: what needs each other belongs together."""
+    modules = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    del modules[""]  # the package's own top knows every room
+    graph = {}
+    for name, path in modules.items():
+        targets = [target.split(".") for target in imports_of(path)]
+        prefixes = ([".".join(target[:end]) for end in range(len(target), 0, -1)] for target in targets)
+        graph[name] = {next((prefix for prefix in known if prefix in modules), name) for known in prefixes} - {name}
+    TopologicalSorter(graph).prepare()  # its error names the circle
 
 
 # --- pytest's own settings -----------------------------------------------------------------------------------------------
