@@ -28,7 +28,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from peft import LoraConfig
 
 from diffusers_diffdoctor import ArtifactDetectorConfig, ArtifactDetectorForSemanticSegmentation, ArtifactReward
-from diffusers_diffdoctor.treatment import DifferentiableRollout
+from diffusers_diffdoctor.rollout import DifferentiableRollout
 from diffusers_diffdoctor.treatment.losses import offline_loss
 
 
@@ -153,8 +153,8 @@ def measure_step(pipeline: FluxPipeline, reward: ArtifactReward, resolution: int
     rollout.vae_gradient_checkpointing = not args.no_vae_checkpointing
     prompts = [f"prompt {i}" for i in range(args.batch_size)]
     for prompt in prompts:
-        embeddings = {"prompt_embeds": torch.randn(TEXT_TOKENS, 4096), "pooled_prompt_embeds": torch.randn(768)}
-        rollout.cache_embeddings(prompt, {name: value.bfloat16() for name, value in embeddings.items()})
+        embeddings = (torch.randn(1, TEXT_TOKENS, 4096), torch.randn(1, 768), torch.zeros(TEXT_TOKENS, 3))
+        rollout.cache_embeddings(prompt, tuple(value.bfloat16() for value in embeddings))
     weights = [weight for weight in rollout.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-4)
     offline = {}

@@ -115,7 +115,7 @@ def test_wheel_holds_all_the_package_and_nothing_else(tmp_path):
 FLOORS = [
     {"images", "files", "seeds"},
     {"detector", "evaluation.metrics", "treatment.losses"},
-    {"rewards", "evaluation"},
+    {"rewards", "evaluation", "rollout"},
     {"treatment"},
     {"miniature"},
     {"cli"},

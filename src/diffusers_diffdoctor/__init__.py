@@ -26,7 +26,7 @@ _PUBLIC = {
     "ArtifactReward": "rewards",
     "RewardOutput": "rewards",
     "pixel_penalty": "rewards",
-    "DifferentiableRollout": "treatment",
+    "DifferentiableRollout": "rollout",
     "PixelRewardConfig": "treatment",
     "PixelRewardTrainer": "treatment",
 }
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
         convert_detector_checkpoint,
     )
     from .rewards import ArtifactReward, RewardOutput, pixel_penalty  # noqa: F401
-    from .treatment import DifferentiableRollout, PixelRewardConfig, PixelRewardTrainer  # noqa: F401
+    from .rollout import DifferentiableRollout  # noqa: F401
+    from .treatment import PixelRewardConfig, PixelRewardTrainer  # noqa: F401
 
 
 def __getattr__(name):

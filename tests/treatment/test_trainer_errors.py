@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Image
-from fixtures.pipelines import tiny_flux, tiny_lcm
+from fixtures.classic_pipelines import tiny_sana_sprint
+from fixtures.pipelines import tiny_flux
 from fixtures.trainer import PROMPTS, assert_same, lora_of, photos, rows, tiny_args, tiny_detector, tiny_trainer
 from transformers import TrainingArguments
 
@@ -73,9 +74,15 @@ def test_a_pipeline_with_an_adapter(tmp_path):
         tiny_trainer(tmp_path, pipeline)
 
 
-def test_a_family_without_offline_loss_is_refused_before_training(tmp_path):
-    with pytest.raises(ValueError, match="The offline loss is not available for LatentConsistencyModelPipeline"):
-        tiny_trainer(tmp_path, tiny_lcm(), max_sequence_length=None)
+def test_a_pipeline_without_offline_loss_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match=r"not available for SanaSprintPipeline: .* one step"):
+        tiny_trainer(
+            tmp_path,
+            tiny_sana_sprint(),
+            num_inference_steps=2,
+            pipeline_kwargs={"clean_caption": False},
+            resolution=32,
+        )
 
 
 def test_other_arguments_than_ours(tmp_path):

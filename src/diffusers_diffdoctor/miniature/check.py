@@ -17,7 +17,7 @@ from transformers import CLIPModel, CLIPProcessor
 from ..detector import ArtifactDetectorForSemanticSegmentation
 from ..evaluation.metrics import error_rates, max_confidence, pairwise_diversity
 from ..rewards import ClipScore
-from ..treatment import DifferentiableRollout
+from ..rollout import DifferentiableRollout
 from . import WEIGHTS, prompts
 from .judge import MiniatureJudge
 from .renderer import CATEGORIES, PRONE_CATEGORIES, WRONG_SHARE, Scene, all_prompts, render, sample_scene

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""TREAT: roll a pipeline out with gradient, score its images, and train a LoRA against the score.
+"""TREAT: score the images of a rollout, and train a LoRA against the score.
 
 Names are loaded on first use: `losses` stands below the rewards, the trainer above them.
 """
@@ -8,8 +8,6 @@ import importlib
 
 
 _PUBLIC = {
-    "DifferentiableRollout": "rollout",
-    "RolloutOutput": "rollout",
     "PixelRewardConfig": "config",
     "PixelRewardTrainer": "trainer",
 }

@@ -27,6 +27,7 @@ from transformers.trainer_utils import TrainOutput, speed_metrics
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
+from ..rollout import DifferentiableRollout
 from ..seeds import derive_seed
 from .adapter import add_lora, load_lora, loading_lines, lora_files, save_lora, scaling_call
 from .checkpoint import (
@@ -51,7 +52,6 @@ from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in
 from .losses import offline_loss
 from .model_card import Treatment, upload, write_model_card
 from .prepare import RewardFunc, build_reward, check_detector, load_pipeline
-from .rollout import DifferentiableRollout
 from .samples import RegularizationImages, read_prompts
 
 
@@ -202,7 +202,7 @@ class PixelRewardTrainer(Trainer):
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval().to(args.device)
         if self.regularization is not None:
-            self._latents(self.regularization.row(0))  # a family without offline loss is refused now
+            self._latents(self.regularization.row(0))  # a pipeline without offline loss is refused now
         self._start_average()
         logger.info(self._plan(len(prompts)))
 
@@ -234,8 +234,9 @@ class PixelRewardTrainer(Trainer):
             if name.startswith("text_encoder") and component is not None:
                 component.to(args.device)
         known = [prompts, *self.eval_prompts.values()]
-        known += [self.regularization.prompts] if self.regularization is not None else []
         self.rollout.cache_prompts(list(dict.fromkeys(prompt for part in known for prompt in part)))
+        if self.regularization is not None:
+            self.rollout.cache_prompts(list(dict.fromkeys(self.regularization.prompts)), offline=True)
         if args.free_text_encoders:
             self.rollout.free_text_encoders()
 

@@ -6,10 +6,10 @@ import torch
 from diffusers import HeunDiscreteScheduler
 from fixtures.pipelines import add_lora, tiny_flux, tiny_lcm, tiny_qwen, tiny_sdxl
 
-from diffusers_diffdoctor.treatment.rollout import DifferentiableRollout
+from diffusers_diffdoctor.rollout import DifferentiableRollout
 
 
-PROMPTS = ["a cat", "two dogs", "hand"]
+PROMPTS = ["one cat", "two dog", "red hat"]  # of one length, so that they share a batch everywhere
 SEEDS = [3, 1, 2]
 
 
@@ -36,7 +36,7 @@ def weigh(images):
     return (images * weights.to(images.dtype)).sum()
 
 
-def gradients(rollout, weights, prompts=("a cat", "two dogs"), seeds=(3, 1)):
+def gradients(rollout, weights, prompts=PROMPTS[:2], seeds=(3, 1)):
     for weight in weights.values():
         weight.grad = None
     weigh(rollout(list(prompts), list(seeds)).images).backward()
@@ -97,7 +97,7 @@ def test_gradients_are_those_of_finite_differences(any_pipeline, in_float64):
             with torch.no_grad():
                 for name, direction in directions.items():
                     weights[name] += step * direction
-                values.append(weigh(rollout(["a cat", "two dogs"], [3, 1]).images).item())
+                values.append(weigh(rollout(PROMPTS[:2], [3, 1]).images).item())
                 for name, direction in directions.items():
                     weights[name] -= step * direction
         expected = (values[0] - values[1]) / 2e-4
@@ -109,13 +109,13 @@ def test_gradients_are_those_of_finite_differences(any_pipeline, in_float64):
 def test_flux_equals_a_loop_written_by_hand(flux):
     weights = add_lora(flux)
     rollout = make(flux)
-    output = rollout(["a cat", "two dogs"], [3, 1])
+    output = rollout(PROMPTS[:2], [3, 1])
     found = gradients(rollout, weights)
     for weight in weights.values():
         weight.grad = None
 
     with torch.no_grad():
-        text, pooled, text_ids = flux.encode_prompt(["a cat", "two dogs"], None, max_sequence_length=16)
+        text, pooled, text_ids = flux.encode_prompt(PROMPTS[:2], None, max_sequence_length=16)
     noise = torch.cat([torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (3, 1)])
     tokens = noise.view(2, 4, 8, 2, 8, 2).permute(0, 2, 4, 1, 3, 5).reshape(2, 64, 16)
     rows, columns = torch.meshgrid(torch.arange(8), torch.arange(8), indexing="ij")
@@ -183,7 +183,7 @@ def test_the_window_counts_steps_where_a_scheduler_takes_two_calls():
     probe = Probe(rollout.denoiser, 7)
     weigh(rollout(["a cat"], [0]).images).backward()
     assert probe.calls == 7  # the last step has no correction
-    assert (probe.scales.grad != 0).tolist() == [False] * 4 + [True] * 3
+    assert (probe.scales.grad != 0).tolist() == [False] * 3 + [True] * 4  # half of the scheduler's own seven
 
 
 @pytest.mark.parametrize(
@@ -321,52 +321,52 @@ def test_the_denoiser_is_the_only_submodule(any_pipeline):
 def test_cached_prompts_give_the_same_images(any_pipeline):
     rollout = make(any_pipeline)
     expected = own_images(rollout, PROMPTS, SEEDS)
-    rollout.cache_prompts([*PROMPTS, PROMPTS[0]], batch_size=2)
+    rollout.cache_prompts([*PROMPTS, PROMPTS[0]])
     rollout.free_text_encoders()
     assert getattr(any_pipeline, "text_encoder", None) is None
     assert getattr(any_pipeline, "tokenizer", None) is None
     torch.testing.assert_close(rollout.generate(PROMPTS, SEEDS), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(rollout(PROMPTS[1:2], SEEDS[1:2]).images, expected[1:2], rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="'a bird' was not cached"):
-        rollout(["a cat", "a bird"], [0, 1])
+        rollout([PROMPTS[0], "a bird"], [0, 1])
     with pytest.raises(ValueError, match="'a fish' was not cached"):
-        rollout.cache_prompts(["a cat", "a fish"])
+        rollout.cache_prompts([PROMPTS[0], "a fish"])
 
 
 def test_each_prompt_is_encoded_once(flux):
     rollout, encoded = make(flux), []
-    encode = flux.encode_prompt
-    flux.encode_prompt = lambda prompt=None, **kwargs: encoded.extend(prompt or []) or encode(prompt=prompt, **kwargs)
-    rollout.cache_prompts(["a cat", "two dogs", "a cat"], batch_size=1)
-    rollout.cache_prompts(["hand", "a cat"])
+    flux.text_encoder.register_forward_pre_hook(lambda module, args: encoded.append(args[0][:, 1].tolist()))
+    rollout.cache_prompts([PROMPTS[0], PROMPTS[1], PROMPTS[0]])
+    rollout.cache_prompts([PROMPTS[2], PROMPTS[0]])
     rollout.generate(PROMPTS, SEEDS)
-    assert encoded == ["a cat", "two dogs", "hand"]
+    first = [flux.tokenizer(prompt).input_ids[1] for prompt in PROMPTS]
+    # the first of all also twice in one batch, to see what of the result grows with it
+    assert encoded == [[first[0]], [first[0]] * 2, [first[1]], [first[2]]]
 
 
-def test_prompts_of_other_lengths_share_a_batch():
-    """Encoded one by one, embeddings have other lengths and no mask; together, they need one."""
+def test_prompts_of_other_lengths_are_not_padded_to_one_another():
+    """Each image is the one that the pipeline draws of its prompt alone; those of one length share a batch."""
     pipeline = tiny_qwen()
     rollout = make(pipeline)
-    expected = own_images(rollout, PROMPTS, SEEDS)
-    rollout.cache_prompts(PROMPTS, batch_size=1)
-    torch.testing.assert_close(rollout.generate(PROMPTS, SEEDS), expected, rtol=0, atol=1e-6)
-    fields = [rollout._embeddings[prompt]["prompt_embeds"].shape[0] for prompt in PROMPTS]
-    assert len(set(fields)) > 1
+    prompts, seeds = ["a cat", "two dogs", "a dog"], [3, 1, 2]
+    expected = torch.cat([own_images(rollout, [prompt], [seed]) for prompt, seed in zip(prompts, seeds)])
+    rollout.cache_prompts(prompts)
+    calls = []
+    pipeline.transformer.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
+    torch.testing.assert_close(rollout.generate(prompts, seeds), expected, rtol=0, atol=1e-6)
+    assert calls == [2] * 4 + [1] * 4
 
 
 def test_embeddings_made_elsewhere_stand_for_a_prompt(flux):
     rollout = make(flux)
-    expected = rollout.generate(["a cat"], [0])
-    text, pooled, _ = flux.encode_prompt(["a cat"], None, max_sequence_length=16)
-    rollout.free_text_encoders()
-    rollout.cache_embeddings("a cat", {"prompt_embeds": text[0], "pooled_prompt_embeds": pooled[0]})
-    assert torch.equal(rollout.generate(["a cat"], [0]), expected)
-    for wrong in (
-        {"prompt_embeds": text[0]},
-        {"prompt_embeds": text[0], "pooled_prompt_embeds": pooled[0], "mask": text},
-    ):
-        with pytest.raises(ValueError, match=r"needs \['pooled_prompt_embeds', 'prompt_embeds'\]"):
-            rollout.cache_embeddings("hand", wrong)
+    expected = rollout.generate(PROMPTS[:2], [0, 1])
+    given = {prompt: flux.encode_prompt([prompt], None, max_sequence_length=16) for prompt in PROMPTS[:2]}
+    flux.text_encoder = flux.text_encoder_2 = flux.tokenizer = flux.tokenizer_2 = None
+    for prompt, result in given.items():
+        rollout.cache_embeddings(prompt, result)
+    torch.testing.assert_close(rollout.generate(PROMPTS[:2], [0, 1]), expected, rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match="'red hat' was not cached"):
+        rollout.generate(PROMPTS, SEEDS)
 
 
 @pytest.mark.parametrize(
@@ -469,7 +469,9 @@ def drift_by_hand(rollout, prompts, seeds):
     hook.remove()
     per_step = len(calls) // rollout.num_inference_steps  # two where guidance asks apart
     total, weights = torch.zeros(len(prompts)), 0.0
-    denoiser.disable_adapters()
+    lora = {name: w.data.clone() for name, w in denoiser.named_parameters() if "lora_B" in name}
+    for name, weight in denoiser.named_parameters():  # the adapter off, in another way
+        weight.data.mul_(0 if "lora_B" in name else 1)
     for i, (args, kwargs, treated) in enumerate(calls):
         weight = (1 - i // per_step / rollout.num_inference_steps) ** 8
         if weight < 0.1:
@@ -479,17 +481,17 @@ def drift_by_hand(rollout, prompts, seeds):
         square = (treated[0] - untreated).square().flatten(1).mean(1)
         total += weight * torch.stack([square[j :: len(prompts)].mean() for j in range(len(prompts))])
         weights += weight
-    denoiser.enable_adapters()
+    for name, weight in denoiser.named_parameters():
+        if name in lora:
+            weight.data.copy_(lora[name])
     return total / weights
 
 
 def test_drift_is_what_the_adapter_changes_in_the_early_steps(any_pipeline):
     rollout = make(any_pipeline)
+    with pytest.raises(ValueError, match=r"`drift` .*add_adapter"):
+        rollout(PROMPTS, SEEDS, drift=True)
     add_lora(any_pipeline)
-    if not hasattr(rollout.denoiser, "disable_adapters"):  # PixArt's adapters cannot be switched off
-        with pytest.raises(ValueError, match=r"`drift` .*add_adapter"):
-            rollout(PROMPTS, SEEDS, drift=True)
-        return
     expected = drift_by_hand(rollout, PROMPTS, SEEDS)
     assert (expected > 0).all()
     output = rollout(PROMPTS, SEEDS, drift=True)
@@ -505,7 +507,7 @@ def test_drift_reaches_the_steps_before_the_window_and_leaves_the_pixel_gradient
     without = gradients(rollout, weights)
     for weight in weights.values():
         weight.grad = None
-    output = rollout(["a cat", "two dogs"], [3, 1], drift=True)
+    output = rollout(PROMPTS[:2], [3, 1], drift=True)
     weigh(output.images).backward(retain_graph=True)
     for name, weight in weights.items():
         torch.testing.assert_close(weight.grad, without[name], rtol=0, atol=0)

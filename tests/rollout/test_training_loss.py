@@ -1,18 +1,17 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""The rows of the families, and the offline loss of FLUX against what its scheduler, its VAE and its own call do."""
-
-import inspect
-import logging
+"""The offline loss against losses written by hand, and against what scheduler, VAE and the pipeline's own call do."""
 
 import diffusers
 import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from fixtures.pipelines import add_lora, tiny_flux, tiny_sdxl
+from fixtures.classic_pipelines import tiny_sana_sprint, tiny_sd
+from fixtures.pipelines import add_lora, tiny_flux, tiny_pixart, tiny_sd3, tiny_sdxl
 
-from diffusers_diffdoctor.treatment.families import FAMILIES, draw_flow_sigmas, family_of
+from diffusers_diffdoctor.rollout import DifferentiableRollout
+from diffusers_diffdoctor.rollout.latents import NotInvertible, measure_latent_map
+from diffusers_diffdoctor.rollout.noise import draw_flow_sigmas
 from diffusers_diffdoctor.treatment.losses import offline_loss
-from diffusers_diffdoctor.treatment.rollout import DifferentiableRollout
 
 
 def make(pipeline, **kwargs):
@@ -41,48 +40,6 @@ def generators(seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_row_names_arguments_of_its_pipeline(name):
-    pipeline = getattr(diffusers, name)
-    accepted = set(inspect.signature(pipeline.__call__).parameters)
-    fields = {field for field in FAMILIES[name].prompt_fields if field is not None}
-    assert "prompt_embeds" in fields
-    # LCM has no negative embeddings: what no argument takes is left out
-    assert {field for field in fields if not field.startswith("negative_")} <= accepted
-    assert set(FAMILIES[name].call_defaults) <= accepted
-    annotated = inspect.getsource(pipeline.encode_prompt).rstrip().rsplit("return ", 1)[1].strip("()\n ")
-    returned = [result.strip() for result in annotated.split(",") if result.strip()]
-    assert len(returned) == len(FAMILIES[name].prompt_fields)
-    for field, result in zip(FAMILIES[name].prompt_fields, returned):
-        assert field is None or field == result
-
-
-def test_a_derived_pipeline_is_of_its_parents_family(flux):
-    class MyFluxPipeline(diffusers.FluxPipeline):
-        pass
-
-    assert family_of(MyFluxPipeline(**flux.components)) is FAMILIES["FluxPipeline"]
-
-
-def test_a_pipeline_without_a_row_gets_its_prompts_as_text(flux, monkeypatch, caplog):
-    expected = make(flux).generate(["a cat"], [0])
-    monkeypatch.delitem(FAMILIES, "FluxPipeline")
-    weights = add_lora(flux)
-    rollout = make(flux)
-    caplog.set_level(logging.WARNING, logger="diffusers_diffdoctor")
-    rollout.cache_prompts(["a cat"])
-    rollout.free_text_encoders()
-    assert "FluxPipeline is no known family" in caplog.text
-    images = rollout(["a cat"], [0]).images
-    images.sum().backward()
-    assert all(weight.grad.abs().sum() > 0 for weight in weights.values())
-    flux.transformer.disable_adapters()
-    torch.testing.assert_close(rollout.generate(["a cat"], [0]), expected, rtol=0, atol=1e-6)
-
-
 # --- offline loss of FLUX --------------------------------------------------------------------------------------------------
 
 
@@ -91,6 +48,7 @@ def test_flux_is_asked_for_the_velocity_of_its_own_latents(dev):
     pipeline = tiny_flux(guidance_embeds=dev, dynamic_shifting=dev)
     add_lora(pipeline)
     rollout = make(pipeline)
+    assert rollout.offline_loss_missing is None  # measured, before calls are counted
     calls = record_calls(pipeline.transformer)
     images = photos()
     output = rollout(["a cat"], [0], images, ["two dogs", "hand"], [5, 6])
@@ -139,7 +97,7 @@ def test_cached_latents_stand_for_the_images(flux):
     add_lora(flux)
     rollout = make(flux)
     rest = {"regularization_prompts": ["two dogs", "hand"], "regularization_seeds": [5, 6]}
-    images = photos(height=48, width=32)  # not the size of the rollout
+    images = photos()
     direct = rollout(["a cat"], [0], images, **rest)
     cached = rollout(["a cat"], [0], regularization_latents=rollout.encode_images(images), **rest)
     assert torch.equal(direct.prediction, cached.prediction)
@@ -176,12 +134,146 @@ def test_the_offline_gradient_is_that_of_finite_differences(in_float64):
     assert sum((weights[n].grad * d).sum().item() for n, d in directions.items()) == pytest.approx(expected, rel=1e-5)
 
 
-def test_families_without_offline_loss_say_so():
-    rollout = make(tiny_sdxl(), max_sequence_length=None)
-    with pytest.raises(ValueError, match=r"not available for StableDiffusionXLPipeline, only for \['FluxPipeline'\]"):
+# --- other models, by hand ---------------------------------------------------------------------------------------------------
+
+
+def drawn(seeds, shape, steps=1000):
+    """Noise and timestep of each sample, drawn as the rollout draws them."""
+    pairs = [(torch.randn(shape, generator=g), torch.randint(steps, (1,), generator=g)) for g in generators(seeds)]
+    noise, timesteps = zip(*pairs)
+    return torch.stack(noise), torch.cat(timesteps)
+
+
+def noised_by_ddpm(latents, noise, timesteps):
+    scheduler = diffusers.DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    return scheduler.add_noise(latents, noise, timesteps), scheduler
+
+
+def sdxl_by_hand(pipeline, images, prompts, seeds):
+    latents = pipeline.vae.encode(images * 2 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+    noise, timesteps = drawn(seeds, latents.shape[1:])
+    noised, _ = noised_by_ddpm(latents, noise, timesteps)
+    text, _, pooled, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False)
+    conditions = {"text_embeds": pooled, "time_ids": torch.tensor([[32.0, 32, 0, 0, 32, 32]] * len(images))}
+    said = pipeline.unet(noised, timesteps, encoder_hidden_states=text, added_cond_kwargs=conditions).sample
+    return (said - noise).square().flatten(1).mean(1)
+
+
+def sd_v_by_hand(pipeline, images, prompts, seeds):
+    latents = pipeline.vae.encode(images * 2 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+    noise, timesteps = drawn(seeds, latents.shape[1:])
+    scheduler = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config)
+    text, _ = pipeline.encode_prompt(prompts, "cpu", 1, False)
+    noised = scheduler.add_noise(latents, noise, timesteps)
+    said = pipeline.unet(noised, timesteps, encoder_hidden_states=text).sample
+    return (said - scheduler.get_velocity(latents, noise, timesteps)).square().flatten(1).mean(1)
+
+
+def sd3_by_hand(pipeline, images, prompts, seeds):
+    latents = pipeline.vae.encode(images * 2 - 1).latent_dist.mean
+    latents = (latents - pipeline.vae.config.shift_factor) * pipeline.vae.config.scaling_factor
+    losses = []
+    for latent, prompt, generator in zip(latents, prompts, generators(seeds)):
+        noise = torch.randn(latent.shape, generator=generator)
+        sigma = torch.randn(1, generator=generator).sigmoid()
+        sigma = 3 * sigma / (1 + 2 * sigma)
+        text, _, pooled, _ = pipeline.encode_prompt(
+            prompt, None, None, do_classifier_free_guidance=False, max_sequence_length=16
+        )
+        said = pipeline.transformer(
+            hidden_states=((1 - sigma) * latent + sigma * noise)[None],
+            timestep=sigma * 1000,
+            encoder_hidden_states=text,
+            pooled_projections=pooled,
+        ).sample[0]
+        losses.append((said - (noise - latent)).square().mean())
+    return torch.stack(losses)
+
+
+def pixart_by_hand(pipeline, images, prompts, seeds):
+    latents = pipeline.vae.encode(images * 2 - 1).latent_dist.mean * pipeline.vae.config.scaling_factor
+    noise, timesteps = drawn(seeds, latents.shape[1:])
+    noised = diffusers.DDPMScheduler.from_config(pipeline.scheduler.config).add_noise(latents, noise, timesteps)
+    text, mask, _, _ = pipeline.encode_prompt(prompts, False, clean_caption=False, max_sequence_length=16)
+    said = pipeline.transformer(
+        noised,
+        encoder_hidden_states=text,
+        encoder_attention_mask=mask,
+        timestep=timesteps,
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+    ).sample[:, :4]  # the other channels are the variance
+    return (said - noise).square().flatten(1).mean(1)
+
+
+def tiny_sd_v():
+    pipeline = tiny_sd()
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(pipeline.scheduler.config, prediction_type="v_prediction")
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("build", "by_hand", "kwargs"),
+    [
+        (tiny_sdxl, sdxl_by_hand, {"max_sequence_length": None}),
+        (tiny_sd_v, sd_v_by_hand, {"max_sequence_length": None}),
+        (tiny_sd3, sd3_by_hand, {}),
+        (tiny_pixart, pixart_by_hand, {"pipeline_kwargs": {"clean_caption": False}}),
+    ],
+    ids=["sdxl", "sd-v", "sd3", "pixart"],
+)
+def test_the_loss_is_the_one_written_by_hand(build, by_hand, kwargs):
+    pipeline, images, prompts, seeds = build(), photos(3), ["two dogs", "hand", "a cat"], [5, 6, 7]
+    weights = add_lora(pipeline)
+    rollout = make(pipeline, **kwargs)
+    output = rollout(["a cat"], [0], images, prompts, seeds)
+    found = offline_loss(output.prediction, output.target)
+    expected = by_hand(pipeline, images, prompts, seeds)
+    assert expected.min() > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    weight = weights[next(iter(weights))]
+    gradients = [torch.autograd.grad(loss.sum(), weight, retain_graph=True)[0] for loss in (found, expected)]
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
+
+
+def test_a_pipeline_that_cannot_be_asked_says_why():
+    rollout = make(tiny_sana_sprint(), pipeline_kwargs={"clean_caption": False})
+    reason = rollout.offline_loss_missing
+    assert "one step" in reason
+    with pytest.raises(ValueError, match=r"not available for SanaSprintPipeline: .*one step"):
         rollout(["a cat"], [0], photos(1), ["hand"], [5])
     with pytest.raises(ValueError, match="not available"):
         rollout.encode_images(photos(1))
+
+
+# --- latents -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_latent_map_is_measured_and_turned_around():
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(4 * 6 * 6, generator=generator)
+    scale, shift = (torch.rand(4 * 6 * 6, generator=generator) + 0.5 for _ in range(2))
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        found = measure_latent_map(
+            lambda x, dtype=dtype: (scale * x.flatten(1)[:, order] + shift).view(-1, 4, 1, 36).to(dtype), (4, 6, 6)
+        )
+        assert torch.equal(found.order, order)
+        latents = torch.randn(2, 4, 6, 6, generator=generator)
+        decoder_input = (scale * latents.flatten(1)[:, order] + shift).view(-1, 4, 1, 36)
+        torch.testing.assert_close(found.invert(decoder_input), latents, rtol=tolerance, atol=4 * tolerance)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x[..., :3], "18 reach the decoder|of 36"),
+        (lambda x: x.flip(-1) + x, "mixed"),
+        (lambda x: torch.tanh(x) + 2 * x, "more than a factor"),
+        (lambda x: torch.cat([x[..., :3], 0 * x[..., 3:]], -1), "do not reach"),
+    ],
+)
+def test_what_cannot_be_turned_around_is_refused(function, message):
+    with pytest.raises(NotInvertible, match=message):
+        measure_latent_map(function, (1, 6, 6))
 
 
 @pytest.mark.parametrize(
@@ -224,20 +316,20 @@ def test_regularization_arguments_are_checked(flux, kwargs, message):
 @pytest.mark.parametrize("sampling", ["logit_normal", "uniform"])
 def test_noise_levels_are_shifted_as_the_scheduler_shifts_its_own(sampling, dynamic, tokens):
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=dynamic, shift=1.0 if dynamic else 3.0)
-    found = draw_flow_sigmas(scheduler, generators(range(50)), tokens, sampling)
+    mu = calculate_shift(tokens) if dynamic else None
+    found = draw_flow_sigmas(scheduler, generators(range(50)), mu, sampling)
     if sampling == "uniform":
         plain = torch.cat([torch.rand(1, generator=generator) for generator in generators(range(50))])
     else:
         plain = 1 / (1 + torch.exp(-torch.cat([torch.randn(1, generator=g) for g in generators(range(50))])))
-    mu = calculate_shift(tokens) if dynamic else None
     scheduler.set_timesteps(sigmas=plain.tolist(), mu=mu)
     torch.testing.assert_close(found, scheduler.sigmas[:-1])
 
 
 def test_noise_levels_have_the_named_distribution():
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    uniform = draw_flow_sigmas(scheduler, generators(range(2000)), 64, "uniform")
-    normal = torch.logit(draw_flow_sigmas(scheduler, generators(range(2000)), 64, "logit_normal"))
+    uniform = draw_flow_sigmas(scheduler, generators(range(2000)), None, "uniform")
+    normal = torch.logit(draw_flow_sigmas(scheduler, generators(range(2000)), None, "logit_normal"))
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.03)
     assert uniform.std().item() == pytest.approx(12**-0.5, abs=0.02)
     assert normal.mean().item() == pytest.approx(0, abs=0.08)
@@ -247,7 +339,8 @@ def test_noise_levels_have_the_named_distribution():
 def test_the_rollout_draws_as_it_is_told(flux):
     calls = record_calls(flux.transformer)
     for sampling in ("logit_normal", "uniform"):
-        make(flux, offline_sigmas=sampling)(["a cat"], [0], photos(1), ["hand"], [5])
+        rollout = make(flux, offline_sigmas=sampling)
+        rollout(["a cat"], [0], photos(1), ["hand"], [5])
         generator = torch.Generator().manual_seed(5)
         torch.randn(4, 16, 16, generator=generator)  # the noise comes first
         expected = (
