@@ -61,7 +61,9 @@ def made(tmp_path_factory):
         pairs, judges, fidelity=fidelity, features={"colour": features}, batch_size=4, show_progress=False
     )
     assert judges["judge"].batches == [4, 2, 4, 2]
-    run = TreatmentRun("runs/lora", "runs/base", LOADING_CODE, RATES, LOG, {"rank": 16, "nothing": math.nan})
+    run = TreatmentRun(
+        "runs/lora", "runs/base", LOADING_CODE, RATES, LOG, {"rank": torch.tensor(16), "nothing": math.nan}
+    )
     report = render(figures, draw_pairs(pairs, judges["judge"]), folder, run)
     assert {name: report[name] for name in figures} == figures
     return report, folder
@@ -137,6 +139,22 @@ def test_change_is_around_what_the_first_judge_saw(made):
         sum(abs(new - old) for old, new in zip(BEFORE, AFTER)) / 3 / 256 / 6, rel=1e-4
     )
     assert change["region_of"] == "judge"
+
+
+def test_change_is_around_the_diagnosis_before_the_treatment_by_the_judge_that_counts():
+    before, after = torch.zeros(2, 1, 3, 16, 16)
+    before[0, 0, 2, 2], after[0, 0, 12, 12] = 0.9, 0.6
+    judges = {"judge": BrightnessJudge(1.0), "blind": BrightnessJudge(0.0)}
+    change = measure(ImagePairs(before, after, ["a hand"]), judges, show_progress=False)["change"]
+    assert change["inside"] == pytest.approx(0.3 / 9)  # the pixel and its neighbours
+    assert change["outside"] == pytest.approx(0.2 / (256 - 9))
+
+
+def test_the_threshold_is_that_of_frequency_and_area():
+    figures = measure(PAIRS, {"judge": BrightnessJudge(1.0)}, threshold=0.65, show_progress=False)
+    assert figures["artifact_frequency"]["judge"]["before"] == pytest.approx(3 / 6)
+    assert figures["area_ratio"]["judge"] == {"before": pytest.approx(3 / 6 / 256), "after": 0}
+    assert figures["thresholds"] == {"artifact": 0.65, "change": 0.1}
 
 
 def test_files(made):
@@ -229,6 +247,19 @@ def test_a_model_judges_without_dropout_and_is_left_as_it_was():
     report = measure(PAIRS, {"judge": model}, show_progress=False)
     assert report["artifact_frequency"]["judge"]["before"] == pytest.approx(5 / 6)
     assert model.training
+
+
+def test_images_are_brought_to_where_the_judge_is():
+    class Elsewhere(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1, device="meta"))
+
+        def confidence(self, images):
+            assert images.device.type == "meta"
+            return torch.zeros(len(images), 1, 16, 16)
+
+    assert measure(PAIRS, {"judge": Elsewhere()}, show_progress=False)["max_confidence"]["judge"]["before"] == 0
 
 
 @pytest.mark.parametrize(
