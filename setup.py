@@ -13,8 +13,8 @@ VERSION = re.search(
 
 INSTALL_REQUIRES = [
     "torch>=2.10",
-    "diffusers>=0.38",
-    "transformers>=5.17",
+    "diffusers>=0.39",
+    "transformers>=5.18",
     "trl>=1.0",
     "peft>=0.19",
     "accelerate>=1.12",
@@ -24,8 +24,8 @@ INSTALL_REQUIRES = [
     "bitsandbytes>=0.49",
     "safetensors>=0.7",
     "sentencepiece>=0.2",
-    "protobuf",
-    "numpy>=1.26",
+    "protobuf>=5.29",
+    "numpy>=2.0",
     "pillow>=12.2",
     "matplotlib>=3.9",
     "jinja2>=3.1",
