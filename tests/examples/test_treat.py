@@ -74,8 +74,8 @@ def test_treat_sdxl_and_kolors_with_their_recipes(folder, example, build, monkey
     command = (
         f"{example}.py --pipeline pipeline --detector detector --judge judge --prompts prompts.txt --output_dir out"
     )
-    command += " --use_cpu --resolution 32 --num_inference_steps 4"
-    command += " --max_steps 1 --eval_steps 1 --eval_num_images 2 --report_images 4 --lora_rank 2 --report_to none"
+    command += f" --regularization_dataset {folder / 'photos'} --use_cpu --resolution 32 --num_inference_steps 4"
+    command += " --max_steps 1 --eval_steps 1 --eval_num_images 2 --report_images 4 --lora_rank 2 --logging_steps 1 --report_to none"
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")
@@ -85,6 +85,8 @@ def test_treat_sdxl_and_kolors_with_their_recipes(folder, example, build, monkey
     recipe = yaml.safe_load((EXAMPLES / "recipes" / f"{example.removeprefix('treat_')}.yaml").read_text())
     for name in ("guidance_scale", "gradient_fraction", "gradient_accumulation_steps", "optim", "offline_weight"):
         assert used[name] == recipe[name], name
+    log = json.loads((folder / "out/report.json").read_text())["training_log"]
+    assert any(entry.get("loss/offline", 0) > 0 for entry in log)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
