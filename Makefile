@@ -1,23 +1,28 @@
-# Each target does all of its own set-up: a machine with Python, make and git is enough.
-.PHONY: treat test test-slow quality style setup clean
+# Each target does all of its own set-up: a machine with Python, make and git is enough (Linux, macOS).
+.PHONY: treat test test-slow test-torchvision quality style setup clean
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Python 3.10 gets the newest releases that still run on it, which are older than the pins.
+PINS := $(shell $(PYTHON) -c "import sys; print('-c constraints.txt' * (sys.version_info >= (3, 11)))")
+PIP := python -m pip install -q --disable-pip-version-check $(PINS)
+# Left alone, accelerate gives a process one thread.
+THREADS := $$($(BIN)/python -c "import os; print(os.cpu_count())")
 
 setup: $(STAMP)
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/$(PIP) torch
+	$(BIN)/$(PIP) -e ".[dev]"
 	touch $(STAMP)
 
-# Diagnose and treat the embedded miniature pipeline; ends with a report in runs/miniature. Left alone, accelerate gives a
-# process one thread.
+# Diagnose and treat the embedded miniature pipeline; ends with a report in runs/miniature.
 treat: $(STAMP)
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(nproc)} $(BIN)/accelerate launch --quiet --config_file examples/accelerate/single_process.yaml \
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/accelerate launch --quiet \
+		--config_file examples/accelerate/single_process.yaml \
 		examples/treat_flux.py --pipeline miniature --output_dir runs/miniature
 
 test: $(STAMP)
@@ -25,6 +30,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
+
+# The image processor's other backend, which transformers takes wherever torchvision is: so it lies apart.
+# What is left out asks that an import loads no torch, which tests/beside_torchvision does.
+test-torchvision: $(STAMP)
+	$(BIN)/$(PIP) --no-deps --upgrade --target $(VENV)/torchvision torchvision
+	PYTHONPATH=tests/beside_torchvision:$(VENV)/torchvision $(BIN)/python -m pytest tests/detector --ignore tests/detector/test_registration.py
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -77,7 +77,7 @@ def test_constraints_pin_every_direct_requirement_within_its_range():
     for requirement in wanted:
         if requirement.name in pins:
             assert requirement.specifier.contains(pins[requirement.name]), f"{requirement} vs {pins[requirement.name]}"
-    assert set(pins) - {"tokenizers"} <= {requirement.name for requirement in wanted}
+    assert set(pins) - {"tokenizers", "torchvision"} <= {requirement.name for requirement in wanted}
 
 
 def test_citation():
