@@ -50,6 +50,7 @@ setup(
     keywords="diffusion, artifacts, image generation, reward fine-tuning, LoRA, diffusers, transformers, trl, peft",
     package_dir={"": "src"},
     packages=find_packages("src"),
+    py_modules=["diffdoctor"],
     package_data={
         "diffusers_diffdoctor": [
             "py.typed",
@@ -65,7 +66,7 @@ setup(
     python_requires=">=3.10",
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["diffdoctor = diffusers_diffdoctor.cli.main:main"]},
+    entry_points={"console_scripts": ["diffdoctor = diffdoctor:main"]},
     classifiers=[
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",

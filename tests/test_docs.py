@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 import diffusers_diffdoctor
-from diffusers_diffdoctor.cli.main import COMMANDS
+from diffdoctor import command_module
 
 
 ROOT = Path(__file__).parent.parent
@@ -95,7 +95,7 @@ def test_commands_exist_and_take_these_arguments(page):
     for line in lines:
         if line.startswith("diffdoctor ") and "--help" not in line:
             _, command, *arguments = shlex.split(line)
-            module = importlib.import_module(COMMANDS[command][0], "diffusers_diffdoctor.cli")
+            module = command_module(command)
             if command == "treat":
                 module.parse(arguments)
                 continue

@@ -1,28 +1,28 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Diagnose the broken pixels of generated images and treat the diffusion model that made them.
 
-The public names are loaded on first use, so that `import diffusers_diffdoctor` and `diffdoctor --help` import no torch.
-Registration with the Auto classes and the pipeline registry of transformers still happens on plain import: see
-`diffusers_diffdoctor._registration`.
+The import registers the detector with the Auto classes of transformers, and the task "artifact-detection" with its
+`pipeline()`. What needs diffusers, or a trainer, is loaded on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING
 
-from . import _registration
+from .detector import (
+    ArtifactDetectionPipeline,
+    ArtifactDetectorConfig,
+    ArtifactDetectorForSemanticSegmentation,
+    ArtifactDetectorImageProcessor,
+    convert_detector_checkpoint,
+)
 
 
 __version__ = "0.1.0.dev0"
 
-# public name -> module that defines it
-_PUBLIC = {
-    "ArtifactDetectorConfig": "detector",
-    "ArtifactDetectorForSemanticSegmentation": "detector",
-    "ArtifactDetectorImageProcessor": "detector",
+# public name -> package that defines it
+_LOADED_ON_USE = {
     "ArtifactDetectorTrainer": "detector",
     "ArtifactDetectorTrainingArguments": "detector",
-    "ArtifactDetectionPipeline": "detector",
-    "convert_detector_checkpoint": "detector",
     "ArtifactReward": "rewards",
     "RewardOutput": "rewards",
     "pixel_penalty": "rewards",
@@ -31,31 +31,35 @@ _PUBLIC = {
     "PixelRewardTrainer": "treatment",
 }
 
-__all__ = sorted(_PUBLIC) + ["__version__"]
+__all__ = [
+    "ArtifactDetectionPipeline",
+    "ArtifactDetectorConfig",
+    "ArtifactDetectorForSemanticSegmentation",
+    "ArtifactDetectorImageProcessor",
+    "ArtifactDetectorTrainer",
+    "ArtifactDetectorTrainingArguments",
+    "ArtifactReward",
+    "DifferentiableRollout",
+    "PixelRewardConfig",
+    "PixelRewardTrainer",
+    "RewardOutput",
+    "__version__",
+    "convert_detector_checkpoint",
+    "pixel_penalty",
+]
 
 if TYPE_CHECKING:
-    from .detector import (  # noqa: F401
-        ArtifactDetectionPipeline,
-        ArtifactDetectorConfig,
-        ArtifactDetectorForSemanticSegmentation,
-        ArtifactDetectorImageProcessor,
-        ArtifactDetectorTrainer,
-        ArtifactDetectorTrainingArguments,
-        convert_detector_checkpoint,
-    )
-    from .rewards import ArtifactReward, RewardOutput, pixel_penalty  # noqa: F401
-    from .rollout import DifferentiableRollout  # noqa: F401
-    from .treatment import PixelRewardConfig, PixelRewardTrainer  # noqa: F401
+    from .detector import ArtifactDetectorTrainer, ArtifactDetectorTrainingArguments
+    from .rewards import ArtifactReward, RewardOutput, pixel_penalty
+    from .rollout import DifferentiableRollout
+    from .treatment import PixelRewardConfig, PixelRewardTrainer
 
 
 def __getattr__(name):
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    if name in _LOADED_ON_USE:
+        return getattr(importlib.import_module(f".{_LOADED_ON_USE[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__():
     return __all__
-
-
-_registration.install()

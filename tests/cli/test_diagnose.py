@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
+from diffdoctor import main
 from diffusers_diffdoctor.cli.diagnose import load_detector
-from diffusers_diffdoctor.cli.main import main
 from diffusers_diffdoctor.detector import ArtifactDetectorConfig, ArtifactDetectorForSemanticSegmentation
 
 
@@ -96,7 +96,7 @@ def test_a_killed_run_goes_on(images, tmp_path, detector):
     for index in range(200):
         (images / f"more{index:03}.png").write_bytes(picture)
     argv = command(images, tmp_path / "out", detector, "--batch-size", "1")
-    code = f"import torch; torch.set_num_threads(1); from diffusers_diffdoctor.cli.main import main; main({argv})"
+    code = f"import torch; torch.set_num_threads(1); from diffdoctor import main; main({argv})"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     journal, deadline = tmp_path / "out/diagnosis.jsonl", time.monotonic() + 120
     while not journal.exists() or journal.read_bytes().count(b"\n") < 20:

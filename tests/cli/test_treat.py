@@ -9,9 +9,9 @@ import pytest
 import yaml
 from fixtures.trainer import tiny_detector
 
+from diffdoctor import main
 from diffusers_diffdoctor import PixelRewardConfig, miniature
 from diffusers_diffdoctor.cli import treat
-from diffusers_diffdoctor.cli.main import main
 from diffusers_diffdoctor.cli.treat import ScriptArguments, find_recipe, parse, read_inputs, read_prompts
 from diffusers_diffdoctor.miniature.renderer import CATEGORIES, PRONE_CATEGORIES
 

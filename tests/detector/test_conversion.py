@@ -10,7 +10,7 @@ from fixtures.segformer import old_state_dict
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, SegformerConfig
 from transformers import SegformerForSemanticSegmentation as NativeSegformer
 
-from diffusers_diffdoctor.cli.main import main
+from diffdoctor import main
 from diffusers_diffdoctor.detector import conversion
 from diffusers_diffdoctor.detector.conversion import ARCHITECTURES, convert_detector_checkpoint
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
+from diffdoctor import main
 from diffusers_diffdoctor import miniature
-from diffusers_diffdoctor.cli.main import main
 from diffusers_diffdoctor.miniature import check
 from diffusers_diffdoctor.miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from datasets import load_dataset
 
+from diffdoctor import main
 from diffusers_diffdoctor import miniature
-from diffusers_diffdoctor.cli.main import main
 from diffusers_diffdoctor.miniature import build
 from diffusers_diffdoctor.miniature.judge import MiniatureJudge
 from diffusers_diffdoctor.miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES, all_prompts

@@ -11,7 +11,7 @@ from fixtures.trainer import tiny_args
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from diffusers_diffdoctor.cli.main import main
+from diffdoctor import main
 from diffusers_diffdoctor.treatment.adapter import add_lora, save_lora
 from diffusers_diffdoctor.treatment.export import LAYOUTS, export_lora
 

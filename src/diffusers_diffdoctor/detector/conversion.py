@@ -16,6 +16,8 @@ import torch
 
 from ..files import digest, written_atomically
 from .configuration_artifact_detector import ArtifactDetectorConfig
+from .image_processing_pil_artifact_detector import ArtifactDetectorImageProcessorPil
+from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation
 
 
 KNOWN_CHECKPOINTS = {
@@ -68,9 +70,6 @@ def convert_detector_checkpoint(
         FileNotFoundError: there is no such checkpoint.
         ValueError: the file is no state dict, or not one of this architecture; the message says in what.
     """
-    from .image_processing_pil_artifact_detector import ArtifactDetectorImageProcessorPil
-    from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation
-
     checkpoint, output_dir = Path(checkpoint), Path(output_dir)
     if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
         raise FileExistsError(f"The output {output_dir} exists and is not empty; name a new folder or remove it.")

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from transformers import EvalPrediction, Trainer, TrainingArguments
 
 from ..images import read_artifact_map, read_image, to_image_tensor
+from . import ArtifactDetectorImageProcessor
 from .configuration_artifact_detector import ArtifactDetectorConfig
 from .modeling_artifact_detector import (
     ArtifactDetectorForSemanticSegmentation,
@@ -247,8 +248,6 @@ class ArtifactDetectorTrainer(Trainer):
         compute_metrics: Any = None,
         **kwargs,
     ):
-        from . import ArtifactDetectorImageProcessor
-
         args = ArtifactDetectorTrainingArguments() if args is None else args
         if not isinstance(args, ArtifactDetectorTrainingArguments):
             raise TypeError(f"`args` must be ArtifactDetectorTrainingArguments, found {type(args).__name__}.")

@@ -1,26 +1,35 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""`diffdoctor COMMAND`. A command's module is imported when the command is called, so that `--help` is instant.
+"""`diffdoctor COMMAND`, the shell command of the package `diffusers_diffdoctor`.
 
-A command is a row of `COMMANDS` and a module with `add_arguments(parser)` and `run(args) -> exit status`. A module without
-`add_arguments` gets the rest of the command line as it is: `treat`, whose flags are those of a dataclass.
+A module beside the package, because importing the package registers the detector with transformers, which takes seconds:
+`--help` and `--version` need not wait for that. A command's module is imported when the command is called.
+
+A command is a row of `COMMANDS` and a module of its name in `diffusers_diffdoctor/cli`, with `add_arguments(parser)` and
+`run(args) -> exit status`. A module without `add_arguments` gets the rest of the command line as it is: `treat`, whose flags
+are those of a dataclass.
 """
 
 import argparse
 import importlib
+import importlib.metadata
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
-from .. import __version__
 
-
-# command -> (module, what it does)
+# command -> what it does
 COMMANDS = {
-    "diagnose": (".diagnose", "find the artifacts in images: heatmaps, a ranked report, the cleanest images"),
-    "treat": (".treat", "train a LoRA against a detector and report before and after"),
-    "export-lora": (".export_lora", "write a treated LoRA in the layout that ComfyUI, AUTOMATIC1111 and others read"),
-    "convert-detector": (".convert_detector", "convert the detector that the paper's authors released"),
-    "miniature": (".miniature", "find, measure or rebuild the parts of the embedded miniature, render its scenes"),
+    "diagnose": "find the artifacts in images: heatmaps, a ranked report, the cleanest images",
+    "treat": "train a LoRA against a detector and report before and after",
+    "export-lora": "write a treated LoRA in the layout that ComfyUI, AUTOMATIC1111 and others read",
+    "convert-detector": "convert the detector that the paper's authors released",
+    "miniature": "find, measure or rebuild the parts of the embedded miniature, render its scenes",
 }
+
+
+def command_module(name: str) -> ModuleType:
+    """The module of a command, which imports the package."""
+    return importlib.import_module(f"diffusers_diffdoctor.cli.{name.replace('-', '_')}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,15 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Find the broken pixels in generated images and teach the diffusion model not to make them.",
         epilog="On several GPUs: accelerate launch -m diffusers_diffdoctor.cli.treat, with the arguments of `treat`.",
     )
-    parser.add_argument("--version", action="version", version=f"diffdoctor {__version__}")
+    version = importlib.metadata.version("diffusers-diffdoctor")
+    parser.add_argument("--version", action="version", version=f"diffdoctor {version}")
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised, for bug reports")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
     position = next((i for i, word in enumerate(argv) if not word.startswith("-")), None)
     called, module, rest = argv[position] if position is not None else None, None, None
-    for name, (path, summary) in COMMANDS.items():
+    for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.")
         if name == called:
-            module = importlib.import_module(path, __package__)
+            module = command_module(name)
             if hasattr(module, "add_arguments"):
                 module.add_arguments(command)
             else:
