@@ -25,6 +25,8 @@ from pathlib import Path
 
 import torch
 
+from diffusers_diffdoctor.files import write_atomically
+
 
 ROOT = Path(__file__).parents[1]
 HEADER = "| run | judge | detector | plain, judge | fidelity | diversity, pixels / CLIP | change inside / outside |"
@@ -61,9 +63,7 @@ def run_cell(seed: int, split: str, threads: int, flags: list[str], results: Pat
         "figures": figures_of(output_dir),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(cell, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    write_atomically(path, json.dumps(cell, indent=2) + "\n")
     return cell
 
 

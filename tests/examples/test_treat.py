@@ -75,7 +75,8 @@ def test_treat_sdxl_and_kolors_with_their_recipes(folder, example, build, monkey
         f"{example}.py --pipeline pipeline --detector detector --judge judge --prompts prompts.txt --output_dir out"
     )
     command += f" --regularization_dataset {folder / 'photos'} --use_cpu --resolution 32 --num_inference_steps 4"
-    command += " --max_steps 1 --eval_steps 1 --eval_num_images 2 --report_images 4 --lora_rank 2 --logging_steps 1 --report_to none"
+    command += " --max_steps 1 --eval_steps 1 --eval_num_images 2 --report_images 4"
+    command += " --lora_rank 2 --logging_steps 1 --report_to none"
     monkeypatch.setattr(sys, "argv", command.split())
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(EXAMPLES / f"{example}.py"), run_name="__main__")

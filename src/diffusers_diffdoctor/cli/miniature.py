@@ -4,6 +4,7 @@
 import argparse
 from pathlib import Path
 
+from ..files import write_atomically
 from ..miniature import PARTS
 
 
@@ -83,5 +84,5 @@ def write_scenes(output: Path, count: int, wrong_share: float, seed: int) -> int
         described = {"prompt": scene.caption, "category": scene.category, "artifacts": list(scene.artifacts)}
         rows.append(names | described | {"source": "rendered"})
     # last, so that a folder with metadata is whole
-    (output / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_atomically(output / "metadata.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     return len(rows)
