@@ -13,7 +13,7 @@ from diffdoctor import main
 from diffusers_diffdoctor import PixelRewardConfig, miniature
 from diffusers_diffdoctor.cli import treat
 from diffusers_diffdoctor.cli.treat import ScriptArguments, find_recipe, parse, read_inputs, read_prompts
-from diffusers_diffdoctor.miniature.renderer import CATEGORIES, PRONE_CATEGORIES
+from diffusers_diffdoctor.miniature.renderer import CATEGORIES, PLAIN_CATEGORIES, PRONE_CATEGORIES
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------------------
@@ -156,6 +156,22 @@ def test_what_is_named_replaces_the_miniatures_own(tmp_path):
     assert inputs.prompts["prompt"][:] == ["a red cup"] and inputs.eval_prompts["prompt"][:] == ["a red hand"]
 
 
+@pytest.mark.parametrize("split", ["final", "development"])
+def test_the_miniature_trains_evaluates_and_reports_on_its_splits(split, monkeypatch):
+    monkeypatch.setattr(miniature, "regularization_dataset", partial(miniature.regularization_dataset, 8))
+    inputs = read_inputs(ScriptArguments(pipeline="miniature", split=split))
+    texts = {
+        name: {row["prompt"] for row in miniature.prompts(name, PRONE_CATEGORIES)}
+        for name in ("train", "development", "final")
+    }
+    assert set(inputs.prompts["prompt"]) == texts["train"] and len(texts["train"]) == 144
+    assert set(inputs.eval_prompts["prompt"]) == texts["development"]
+    assert set(inputs.report_prompts["prompt"]) == texts[split]
+    assert {row["category"] for row in inputs.plain_prompts} == set(PLAIN_CATEGORIES)
+    assert set(inputs.plain_prompts["prompt"]) <= {row["prompt"] for row in miniature.prompts(split)}
+    assert set(inputs.regularization["prompt"]) <= {row["prompt"] for row in miniature.prompts("train")}
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -188,17 +204,19 @@ def test_a_miniature_without_its_parts_says_how_to_get_them(tmp_path, monkeypatc
 
 def test_the_miniature_from_its_parts_to_the_report(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(miniature, "regularization_dataset", partial(miniature.regularization_dataset, 8))
+    every = miniature.prompts
+    monkeypatch.setattr(miniature, "prompts", lambda *split: every(*split)[::5])
     argv = ["--pipeline", "miniature", "--output_dir", str(tmp_path / "out"), "--max_steps", "1", "--use_cpu"]
-    argv += ["--per_device_train_batch_size", "2", "--num_inference_steps", "2", "--report_images", "80"]
+    argv += ["--per_device_train_batch_size", "2", "--num_inference_steps", "2", "--report_images", "18"]
     assert main(["treat", *argv]) == 0
 
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert set(report["categories"]) == set(CATEGORIES)
     prone = [image["category"] for image in report["images"]]
-    assert len(prone) == 80 and set(prone) == set(PRONE_CATEGORIES)  # the plain ones count in no frequency
-    final = {row["prompt"] for row in miniature.prompts("final")}
+    assert len(prone) == 18 and set(prone) == set(PRONE_CATEGORIES)  # the plain ones count in no frequency
+    final = {row["prompt"] for row in every("final")}
     assert {image["prompt"] for image in report["images"]} <= final
-    assert [image["seed"] for image in report["images"]] == [1_000_000 + i for i in range(80)]
+    assert [image["seed"] for image in report["images"]] == [1_000_000 + i for i in range(18)]
     for name in ("judge", "detector"):
         assert 0 <= report["artifact_frequency"][name]["after"] <= 1
     for figure in ("fidelity", "diversity"):
