@@ -32,10 +32,9 @@ test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
 # The image processor's other backend, which transformers takes wherever torchvision is: so it lies apart.
-# What is left out asks that an import loads no torch, which tests/beside_torchvision does.
 test-torchvision: $(STAMP)
 	$(BIN)/$(PIP) --no-deps --upgrade --target $(VENV)/torchvision torchvision
-	PYTHONPATH=tests/beside_torchvision:$(VENV)/torchvision $(BIN)/python -m pytest tests/detector --ignore tests/detector/test_registration.py
+	PYTHONPATH=tests/beside_torchvision:$(VENV)/torchvision $(BIN)/python -m pytest tests/detector
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

@@ -14,6 +14,8 @@ from PIL import Image, ImageOps
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the fewer decoders a stranger's file can reach, the better
 RANGE_TOLERANCE = 1e-3  # by which floats may leave [0, 1]: rounding, not another range
 
+__all__ = ["read_artifact_map", "read_image", "to_image_tensor"]
+
 ImageSource = str | os.PathLike | BinaryIO | Image.Image | np.ndarray | torch.Tensor
 
 

@@ -137,6 +137,25 @@ def test_memory_is_bounded_by_pixels(folder, tmp_path, monkeypatch):
     assert {shape[0] for shape in detector.shapes} == {1}
 
 
+def test_batches_that_do_not_fit_into_memory_are_halved(folder, tmp_path):
+    class Small(RedDetector):
+        """Room for one image of 16 x 16 pixels and for none of 24 x 16."""
+
+        def confidence(self, images):
+            if len(images) > 1 or images.shape[-1] > 16:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().confidence(images)
+
+    detector = Small()
+    result = diagnose(folder, tmp_path / "out", detector, batch_size=4)
+    assert detector.shapes == [(1, 3, 16, 16)] * 4
+    assert (result["images"], result["diagnosed"], result["quarantined"]) == (9, 4, 5)
+    bad = {os.path.basename(row["path"]): row["reason"] for row in rows(tmp_path / "out/quarantine.jsonl")}
+    assert bad["e.png"] == bad["f.png"] == "OutOfMemoryError: CUDA out of memory"
+    result = diagnose(folder, tmp_path / "out")  # elsewhere there is room: tried again, and the others kept
+    assert (result["resumed"], result["diagnosed"]) == (4, 6)
+
+
 def test_an_interrupted_run_goes_on(folder, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         diagnose(folder, tmp_path / "out", RedDetector(fuse=2), batch_size=1)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch-size",
         type=int,
         default=8,
-        help="most images at a time, fewer if memory runs out (default: %(default)s)",
+        help="most images at a time, fewer where they do not fit into the accelerator's memory (default: %(default)s)",
     )
     parser.add_argument(
         "--top-k", type=int, default=0, metavar="K", help="list the K cleanest images, for the best of N samples"

@@ -59,7 +59,8 @@ def diagnose_images(
         detector_name: what to call the detector in the report.
         threshold: confidence in (0, 1] from which a pixel counts as an artifact.
         tile: also look at large images piece by piece, see [`tiled_confidence`].
-        batch_size: most images per call of the detector; images of one size go together.
+        batch_size: most images per call of the detector; images of one size go together. Halved for a batch that does not
+            fit into the accelerator's memory.
         top_k: how many of the cleanest images to list.
         restart: begin anew in a folder that holds another diagnosis.
         workers: threads that read files.
@@ -114,11 +115,20 @@ def diagnose_images(
             progress.set_postfix(quarantined=len(quarantined))
 
         def diagnose(batch: list[tuple[Path, np.ndarray, os.stat_result]]) -> None:
+            maps = None
             try:
                 maps = _confidence(detector, batch, tile)
+            except torch.OutOfMemoryError as error:
+                if len(batch) == 1:
+                    set_aside(batch[0][0], error)
+                    return
             except ValueError as error:  # images of one size, which this detector refuses (a strip, say)
                 for file, _, _ in batch:
                     set_aside(file, error)
+                return
+            if maps is None:  # with the failed attempt's tensors gone
+                diagnose(batch[: len(batch) // 2])
+                diagnose(batch[len(batch) // 2 :])
                 return
             rows = _write_overlays(batch, maps, output_dir, threshold, pool)
             for row in rows:
