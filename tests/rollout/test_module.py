@@ -257,6 +257,23 @@ def test_half_precision_pipelines_train_a_float32_lora(any_pipeline):
     assert all(gradient.dtype == torch.float32 and gradient.abs().sum() > 0 for gradient in found.values())
 
 
+def test_float16_gives_the_gradient_where_the_loss_is_scaled(caplog):
+    """SDXL's VAE stays in float32 all the time; what is below the range of float16 is the user's to scale."""
+    found = {}
+    for dtype in (torch.float32, torch.float16):
+        pipeline = tiny_sdxl().to(dtype)
+        pipeline.vae.register_to_config(force_upcast=True)
+        weights = add_lora(pipeline)
+        for weight in weights.values():
+            weight.data = weight.data.float()
+        rollout = make(pipeline, num_inference_steps=2)
+        (rollout(PROMPTS[:1], [0]).images.mean() * 2**16).backward()
+        found[dtype] = torch.cat([weight.grad.flatten() for weight in weights.values()])
+    assert "GradScaler" in caplog.text
+    assert torch.cosine_similarity(found[torch.float16], found[torch.float32], dim=0) > 0.99
+    assert found[torch.float16].norm() == pytest.approx(found[torch.float32].norm().item(), rel=0.05)
+
+
 def test_without_gradients_there_is_no_graph(flux):
     add_lora(flux)
     with torch.no_grad():

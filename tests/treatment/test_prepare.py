@@ -37,7 +37,7 @@ def test_sdxl_in_float16_has_the_gradient_of_float32(vae_checkpointing):
 def test_a_vae_that_overflows_in_float16_computes_in_float32_under_autocast_too():
     latents = torch.randn(1, 4, 8, 8)
     expected = tiny_sdxl().vae.decode(latents.half().float()).sample
-    vae = load_pipeline(tiny_sdxl().to(torch.float16), torch.float16).vae
+    vae = DifferentiableRollout(tiny_sdxl().to(torch.float16)).pipeline.vae
     with torch.autocast("cpu", dtype=torch.float16):
         decoded = vae.decode(latents.half()).sample
     assert decoded.dtype == torch.float32
@@ -47,7 +47,7 @@ def test_a_vae_that_overflows_in_float16_computes_in_float32_under_autocast_too(
 def test_a_vae_that_bears_float16_keeps_it():
     pipeline = tiny_sdxl()
     pipeline.vae.register_to_config(force_upcast=False)
-    assert load_pipeline(pipeline.to(torch.float16), torch.float16).vae.dtype == torch.float16
+    assert DifferentiableRollout(pipeline.to(torch.float16)).pipeline.vae.dtype == torch.float16
 
 
 # --- altered pipelines ---------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from .checkpointing import checked, refusal
 from .noise import SIGMA_SAMPLINGS
 from .output import decoded, own_images
 from .prompts import RememberedPrompts
+from .requirements import check_pipeline, keep_float32
 from .training_loss import NotAvailable, TrainingLoss
 from .window import GradientWindow, refuse_cut_gradients, window_length
 
@@ -110,7 +111,7 @@ class DifferentiableRollout(nn.Module):
         offline_guidance_scale: float = 1.0,
     ):
         super().__init__()
-        self.denoiser_name = _check_pipeline(pipeline)
+        self.denoiser_name = check_pipeline(pipeline)
         if not num_inference_steps >= 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but must be at least 1.")
         if not 0 < gradient_fraction <= 1:
@@ -153,6 +154,8 @@ class DifferentiableRollout(nn.Module):
                 component.eval()
                 if component is not self.denoiser:
                     component.requires_grad_(False)
+        for vae in decoders(pipeline):
+            keep_float32(vae)
 
     def train(self, mode: bool = True) -> "DifferentiableRollout":
         """The denoiser's own dropout and norms stay as they are in use; a LoRA's dropout follows `mode`."""
@@ -331,6 +334,11 @@ class DifferentiableRollout(nn.Module):
         # CPU generators give the same noise on every device
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         first = torch.is_grad_enabled() and not self._checked
+        if first and self.denoiser.dtype == torch.float16:
+            logger.warning(
+                f"The {self.denoiser_name} is in float16, where gradients below 6e-8 become 0: scale the loss, as "
+                "torch.amp.GradScaler and the trainer's `fp16=True` do, or load the pipeline in bfloat16 or float32."
+            )
         with ExitStack() as stack:
             if first:
                 stack.enter_context(checked(self.denoiser))
@@ -438,34 +446,6 @@ class DifferentiableRollout(nn.Module):
                 vae.enable_gradient_checkpointing()
             elif vae.is_gradient_checkpointing:
                 vae.disable_gradient_checkpointing()
-
-
-def _check_pipeline(pipeline: Any) -> str:
-    """Refuse what cannot be treated; return the name of the denoiser."""
-    if not isinstance(pipeline, DiffusionPipeline):
-        raise TypeError(
-            f"`pipeline` is a {type(pipeline).__name__}, but must be a DiffusionPipeline: load it with "
-            "DiffusionPipeline.from_pretrained(...)."
-        )
-    if getattr(pipeline, "_offload_device", None) is not None or getattr(pipeline, "hf_device_map", None):
-        raise ValueError(
-            "`pipeline` moves its models between devices (CPU offload or a device map), which would pull weights away before "
-            "the backward pass. Use pipe.remove_all_hooks(); pipe.to(device), and free_text_encoders() to save memory."
-        )
-    for name in ("transformer", "unet"):
-        denoiser = getattr(pipeline, name, None)
-        if not isinstance(denoiser, nn.Module):
-            continue
-        if hasattr(denoiser, "_orig_mod"):
-            raise ValueError(
-                f"`pipeline` has a {name} wrapped by torch.compile, which hides its layers from an adapter. Pass the pipeline "
-                f"with the plain {name}; pipe.{name}.compile() after the adapter is in compiles it in place."
-            )
-        return name
-    raise ValueError(
-        f"`pipeline` is a {type(pipeline).__name__} with neither a transformer nor a unet to treat, only "
-        f"{sorted(pipeline.components)}."
-    )
 
 
 def _check_pairs(name: str, values: Any, seeds_name: str, seeds: Any) -> tuple[list[str], list[int]]:

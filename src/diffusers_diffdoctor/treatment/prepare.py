@@ -1,7 +1,6 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Make ready what a treatment needs: the pipeline and the rewards. Whatever cannot work is refused here."""
 
-import functools
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,9 +10,9 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from packaging.version import parse
-from torch._dynamo.eval_frame import OptimizedModule
 
 from ..rewards import CombinedReward, RewardOutput
+from ..rollout.requirements import check_pipeline
 from .config import PixelRewardConfig
 from .quantization import check_quantization, quantization_config
 
@@ -47,13 +46,10 @@ def load_pipeline(
             f"`quantization` is {quantization!r}, but `pipeline` is loaded already, and weights are quantized while they are "
             "loaded. Pass the pipeline's id or folder, or load it quantized and leave `quantization` out."
         )
-    modules = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    for name, module in modules.items():
-        if not name.startswith("text_encoder"):  # text is encoded without gradient, so they may be altered
-            _check_unaltered(name, module)
-        module.requires_grad_(False).eval()
-    if "vae" in modules:
-        _keep_float32(modules["vae"])
+    check_pipeline(pipeline)
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.requires_grad_(False).eval()
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -75,46 +71,6 @@ def _from_pretrained(pipeline: str | os.PathLike, dtype: torch.dtype, quantizati
         return DiffusionPipeline.from_pretrained(str(pipeline), **settings)
     except (OSError, ValueError) as error:
         raise ValueError(f"`pipeline` is {str(pipeline)!r}, which cannot be loaded: {error}") from error
-
-
-def _check_unaltered(name: str, module: torch.nn.Module) -> None:
-    for part in module.modules():
-        if isinstance(part, OptimizedModule) or part._compiled_call_impl is not None:
-            raise ValueError(
-                f"`pipeline.{name}` is compiled, and no adapter can be put into what is compiled already. Pass the pipeline "
-                "without torch.compile."
-            )
-        if getattr(part, "fused_projections", False):
-            raise ValueError(
-                f"`pipeline.{name}` has fused its attention projections, and so does not use the layers that an adapter is "
-                f"put on. Undo it: pipe.{name}.unfuse_qkv_projections()."
-            )
-        if hooks := list(getattr(getattr(part, "_diffusers_hook", None), "hooks", {})):
-            raise ValueError(
-                f"`pipeline.{name}` has the hooks {hooks} of diffusers (layerwise casting, group offloading, caching), which "
-                "replace weights or results between forward and backward. Load the pipeline without them."
-            )
-
-
-def _keep_float32(vae: torch.nn.Module) -> None:
-    """Let a VAE that overflows in float16 compute in float32, all the time.
-
-    Its pipeline would cast it to float32 for the call and back afterwards, and backward would find other weights than forward
-    used. Autocast, too, would compute in float16.
-    """
-    if vae.dtype == torch.float16 and vae.config.get("force_upcast", False):
-        vae.to(torch.float32)
-        for name in ("encode", "decode"):
-            setattr(vae, name, _in_float32(getattr(vae, name)))
-
-
-def _in_float32(method: Callable) -> Callable:
-    @functools.wraps(method)
-    def call(x: torch.Tensor, *args, **kwargs):
-        with torch.autocast(x.device.type, enabled=False):
-            return method(x.float(), *args, **kwargs)
-
-    return call
 
 
 def build_reward(funcs: RewardFunc | list[RewardFunc], args: PixelRewardConfig) -> CombinedReward:
