@@ -147,6 +147,10 @@ def test_what_has_no_certain_meaning_is_refused(source, error, message):
         read_image(source)
 
 
+def test_floats_are_rounded_to_the_nearest_level():
+    assert np.array_equal(pixels(np.full((2, 2, 3), 127.6 / 255)), np.full((2, 2, 3), 128))
+
+
 def test_a_rounding_error_is_no_other_range():
     assert np.array_equal(pixels(np.full((2, 2, 3), 1 + 1e-6)), np.full((2, 2, 3), 255))
 
@@ -203,6 +207,8 @@ def test_tensors_keep_the_pixels_and_are_cropped_around_the_centre(color):
     bars[:, 10:20] = 255
     assert to_image_tensor(bars, (10, 10)).min() == 1
     assert to_image_tensor(bars, (20, 60)).shape == (3, 20, 60)
+    fine = np.indices((40, 40)).sum(axis=0) % 2 == 0  # black and white by turns: gray from afar
+    assert (to_image_tensor(fine, (10, 10)) - 0.5).abs().max() < 0.02
 
 
 # --- artifact maps --------------------------------------------------------------------------------------------------------

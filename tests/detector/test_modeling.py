@@ -91,7 +91,8 @@ def test_loss_is_the_squared_error_of_the_confidence(model):
     )
     assert outputs.loss.item() == pytest.approx(by_hand / labels.numel(), rel=1e-5)
     assert model(pixels, labels=labels, return_dict=False)[0].item() == outputs.loss.item()
-    for bad, error in [(labels[:, 0], ValueError), (labels[:1], ValueError), (labels.byte(), TypeError)]:
+    wrong_range = [(255 * labels, ValueError), (labels - 2, ValueError), (labels * float("nan"), ValueError)]
+    for bad, error in [(labels[:, 0], ValueError), (labels[:1], ValueError), (labels.byte(), TypeError), *wrong_range]:
         with pytest.raises(error, match="labels must"):
             model(pixels, labels=bad)
 

@@ -57,6 +57,13 @@ def test_all_kinds_of_input_are_the_same_image():
         assert torch.equal(processor(same, return_tensors="pt")["pixel_values"], expected)
 
 
+def test_floats_are_rounded_to_the_nearest_level():
+    processor = ArtifactDetectorImageProcessorPil.for_detector(ArtifactDetectorConfig(image_size=64))
+    expected = processor(np.full((64, 64, 3), 128, np.uint8), return_tensors="pt")["pixel_values"]
+    for same in (np.full((64, 64, 3), 127.6 / 255), torch.full((3, 64, 64), 127.6 / 255)):
+        assert torch.equal(processor(same, return_tensors="pt")["pixel_values"], expected)
+
+
 def test_transparent_parts_lie_on_white():
     processor = ArtifactDetectorImageProcessorPil.for_detector(ArtifactDetectorConfig(image_size=64))
     rgba = np.concatenate([noise(64, 96), np.full((64, 96, 1), 255, np.uint8)], axis=2)

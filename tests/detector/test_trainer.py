@@ -8,7 +8,7 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from fixtures.segformer import tiny_detector
 from PIL import Image
-from transformers import pipeline
+from transformers import EvalPrediction, pipeline
 
 import diffusers_diffdoctor  # noqa: F401
 from diffusers_diffdoctor.detector import (
@@ -19,6 +19,7 @@ from diffusers_diffdoctor.detector import (
     ArtifactDetectorTrainingArguments,
 )
 from diffusers_diffdoctor.detector.modeling_artifact_detector import normalise_images, squared_error
+from diffusers_diffdoctor.detector.trainer import detector_metrics
 from diffusers_diffdoctor.images import to_image_tensor
 
 
@@ -337,6 +338,36 @@ def test_masks_of_zero_and_one_are_refused_until_they_are_explained(model, tmp_p
     assert torch.equal(ArtifactDetectorCollator(model.config)(bools)["labels"], expected)
     with pytest.raises(ValueError, match="`map_maximum` must be 255, 1 or None"):
         arguments(tmp_path, map_maximum=2)
+
+
+def test_metrics_by_hand():
+    """A soft map is neither clean nor broken; the threshold itself is reached."""
+    figures = torch.tensor([[0.1, 0.9], [0.2, 0.4], [0.3, 0.6], [0.4, 0.1], [0.5, 0.6]])
+    truth = torch.tensor([1.0, 0.6, 0.3, 0.0, 0.0])
+    metrics = detector_metrics(EvalPrediction(figures.numpy(), truth.numpy()), threshold=0.6)
+    expected = {"mse": 0.3, "mse_clean": 0.45, "true_positive_rate": 1 / 2, "false_positive_rate": 2 / 3}
+    assert metrics == pytest.approx(expected)
+
+
+def test_what_does_not_count_is_left_out_of_the_evaluation_of_tensors(tmp_path):
+    model, data = tiny_detector(image_size=64), Tensors(3)
+    data.labels[:, :, 10:, :] = -1
+    metrics = ArtifactDetectorTrainer(
+        model,
+        arguments(tmp_path, per_device_eval_batch_size=2, threshold=0.9),
+        eval_dataset=data,
+        compute_metrics=last_figures,
+    ).evaluate()
+    with torch.no_grad():
+        logits = model(pixel_values=data.pixels).logits
+    confidence = torch.nn.functional.interpolate(logits, size=(32, 48), mode="bilinear").sigmoid()
+    expected = (confidence - data.labels)[:, :, :10].square().flatten(1).mean(dim=1)
+    assert metrics["eval_errors"] == pytest.approx(expected.tolist(), rel=1e-5)
+    assert metrics["eval_loss"] == pytest.approx(expected.mean().item(), rel=1e-5)
+
+
+def last_figures(prediction):
+    return {"errors": prediction.predictions[:, 0].tolist()}
 
 
 def test_a_metric_over_no_image_is_nan_and_said(model, tmp_path):
