@@ -94,9 +94,10 @@ def test_gradient_checkpointing_under_its_old_and_new_name(tmp_path, wanted, rec
     assert PixelRewardConfig(str(tmp_path)).gradient_checkpointing is True
     args = PixelRewardConfig(str(tmp_path), gradient_checkpointing=wanted)
     assert args.gradient_checkpointing is wanted
-    assert args.activation_checkpointing is wanted  # where the parent looks
     assert dataclasses.replace(args, seed=1).gradient_checkpointing is wanted
-    assert PixelRewardConfig(str(tmp_path), activation_checkpointing=wanted).gradient_checkpointing is wanted
+    if hasattr(TrainingArguments, "activation_checkpointing"):  # since transformers 5.22: where the parent looks
+        assert args.activation_checkpointing is wanted
+        assert PixelRewardConfig(str(tmp_path), activation_checkpointing=wanted).gradient_checkpointing is wanted
     assert not [warning for warning in recwarn if "gradient_checkpointing" in str(warning.message)]
 
 

@@ -10,9 +10,11 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    ChannelDimension,
     ImageInput,
     PILImageResampling,
     SizeDict,
+    infer_channel_dimension_format,
 )
 
 from .configuration_artifact_detector import ArtifactDetectorConfig, detector_input_size
@@ -64,12 +66,21 @@ class ArtifactDetectorImageProcessing:
         return super().preprocess(images, **kwargs)
 
     def process_image(self, image, *args, **kwargs):
-        """As the backend's, which then sees 8-bit values whatever came in."""
+        """As the backend's, which then sees RGB of 8 bits whatever came in: before transformers 5.21 it drops alpha."""
         if not isinstance(image, Image.Image):
             image = _to_8_bits(image)
+            layout = kwargs.get("input_data_format")
+            if image.ndim == 3:
+                layout = layout or infer_channel_dimension_format(image, num_channels=(1, 3, 4))
+                if image.shape[0 if layout == ChannelDimension.FIRST else 2] == 3:
+                    return super().process_image(image, *args, **kwargs)
+            array = image.cpu().numpy() if isinstance(image, torch.Tensor) else image
+            array = np.moveaxis(array, 0, 2) if array.ndim == 3 and layout == ChannelDimension.FIRST else array
+            image = Image.fromarray(array[..., 0] if array.shape[2:] == (1,) else array)
+            kwargs["input_data_format"] = None
         elif image.mode.startswith(("I", "F")):  # more than 8 bits
             image = Image.fromarray(_to_8_bits(image))
-        return super().process_image(image, *args, **kwargs)
+        return super().process_image(_on_white(image), *args, **kwargs)
 
     def resize(self, image, size: SizeDict, resample=None, **kwargs):
         """Resize to the detector's input size for the short side `size.shortest_edge`, or to a given height and width."""
@@ -101,6 +112,13 @@ class ArtifactDetectorImageProcessing:
             ).sigmoid()[0, 0]
             for one, size in zip(logits, target_sizes)
         ]
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _to_8_bits(image):

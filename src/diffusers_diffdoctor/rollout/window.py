@@ -70,7 +70,7 @@ class GradientWindow:
         def noted_timesteps(*args, **kwargs):
             result = set_timesteps(*args, **kwargs)
             self.total = self.known or len(scheduler.timesteps)
-            torch.set_grad_enabled(self.carries_gradient)
+            _switch_gradients(self.carries_gradient)
             return result
 
         @functools.wraps(step)
@@ -80,7 +80,7 @@ class GradientWindow:
             result = step(*args, **kwargs)
             self.finished += 1
             self.latents = result[0]
-            torch.set_grad_enabled(self.carries_gradient)
+            _switch_gradients(self.carries_gradient)
             return result
 
         def check(module, args):
@@ -122,6 +122,12 @@ def refuse_cut_gradients(denoiser: nn.Module, window: GradientWindow) -> Iterato
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _switch_gradients(enabled: bool) -> None:
+    if enabled != torch.is_grad_enabled():
+        torch.set_grad_enabled(enabled)
+        torch.clear_autocast_cache()  # torch 2.10 uses casts of weights again that were made without gradient
 
 
 def _detached(value: Any) -> Any:
