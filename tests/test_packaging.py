@@ -79,6 +79,11 @@ def test_constraints_pin_every_direct_requirement_within_its_range():
     assert set(pins) - {"tokenizers", "torchvision"} <= {requirement.name for requirement in wanted}
 
 
+def test_pre_commit_lints_with_the_version_that_is_pinned():
+    (hooks,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert f"ruff=={hooks['rev'].removeprefix('v')}" in (ROOT / "constraints.txt").read_text().splitlines()
+
+
 def test_citation():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == diffusers_diffdoctor.__version__
