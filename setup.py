@@ -34,7 +34,14 @@ INSTALL_REQUIRES = [
 ]
 EXTRAS = {
     "quantization": ["torchao>=0.16"],
-    "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "tensorboard>=2.18", "torchao>=0.16"],
+    "test": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "tensorboard>=2.18",
+        "ftfy>=6.3",
+        "torchao>=0.16",
+    ],
     "quality": ["ruff>=0.14"],
     "docs": ["hf-doc-builder>=0.5"],
 }
