@@ -10,6 +10,11 @@ from fixtures.pipelines import PIPELINES, tiny_flux
 torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if "gpu" in item.keywords and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture
 def flux():
     """A tiny random FLUX.1-schnell."""
