@@ -24,6 +24,7 @@ logger = logging.get_logger(__name__)
 
 Key = tuple  # texts and options of one prompt, as `encode_prompt` was given them
 Path = tuple  # of a tensor in what it returned
+Growth = int | str | tuple[str, int]  # how it grows with the batch
 
 
 class NotRemembered(ValueError):
@@ -59,7 +60,7 @@ class RememberedPrompts:
         self.rows: dict[Key, Row] = {}
         self.given: dict[str, Row] = {}
         self.keys_of: dict[tuple[str, str], list[Key]] = {}  # (prompt, arguments of the call) -> what it asked for
-        self.dims: dict[tuple[str, Path], int | str] = {}  # where a tensor grows with the batch
+        self.dims: dict[tuple[str, Path], Growth] = {}
         self._shared: dict[tuple, torch.Tensor] = {}
         self._asked: list[Key] = []
 
@@ -265,6 +266,8 @@ class RememberedPrompts:
                     shape.append(position)  # nobody else has it
                 elif dim == "list":
                     shape.append((path, dim))
+                elif isinstance(dim, tuple):
+                    shape.append((path, dim, *(entry.shape for entry in value)))
                 else:
                     same = value.shape if isinstance(value, torch.Tensor) and dim != "shared" else id(value)
                     shape.append((path, dim, same))
@@ -276,7 +279,9 @@ class RememberedPrompts:
         def join(path: Path, value: Any, *others: Any) -> Any:
             values = [value, *others]
             dim = self.dims.get((first.options, path), 0)
-            if isinstance(value, list):  # a list with an entry, or several, for each prompt
+            if isinstance(dim, tuple):
+                return [_stacked(entries, dim[1]).to(device) for entries in zip(*values)]
+            if isinstance(value, list):
                 return [entry.to(device) for block in zip(*values) for entry in block]
             if not isinstance(value, torch.Tensor):
                 return value
@@ -287,10 +292,14 @@ class RememberedPrompts:
             if dim == "lengths":
                 lengths = torch.cat([each.diff() for each in values])
                 return torch.cat([value[:1], lengths.cumsum(0).to(value.dtype)]).to(device)
-            # guidance may have put two results on top of each other: all first ones, then all second ones
-            return torch.stack(values, dim + 1).flatten(dim, dim + 1).to(device)
+            return _stacked(values, dim).to(device)
 
         return _mapped(first.result, join, *(row.result for row in rows[1:]), lists=True, others=True)
+
+
+def _stacked(values: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+    """One batch of several; guidance may have put two results on top of each other: all first ones, then all second ones."""
+    return torch.stack(list(values), dim + 1).flatten(dim, dim + 1)
 
 
 def text_components(pipeline: DiffusionPipeline) -> list[str]:
@@ -309,10 +318,19 @@ def _identity(arguments: Mapping[str, Any]) -> str:
     return repr(sorted(arguments.items(), key=lambda item: item[0]))
 
 
-def _growing(alone: Any, twice: Any) -> int | str:
-    """How a result grows from one prompt to two: a dimension, `"shared"`, `"list"`, `"lengths"`, or `"alone"` for unknown."""
-    if isinstance(alone, list):
-        return "list" if isinstance(twice, list) and len(twice) == 2 * len(alone) else "alone"
+def _growing(alone: Any, twice: Any) -> Growth:
+    """How a result grows from one prompt to two.
+
+    Returns:
+        A dimension; `("each", dimension)` of a list's tensors; `"list"` for a list of one entry, or several, for each prompt;
+        `"lengths"` for cumulative ones; `"shared"` for what stays the same; `"alone"` if unknown.
+    """
+    if isinstance(alone, list) and isinstance(twice, list):
+        if len(twice) == 2 * len(alone):
+            return "list"
+        grown = {_growing(a, b) for a, b in zip(alone, twice)} if len(twice) == len(alone) else set()
+        grown = grown.pop() if len(grown) == 1 else None
+        return ("each", grown) if isinstance(grown, int) else "alone"
     if not isinstance(alone, torch.Tensor):
         return "shared" if twice == alone else "alone"
     if not isinstance(twice, torch.Tensor) or twice.ndim != alone.ndim:
