@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from diffusers_diffdoctor import PixelRewardTrainer
 from diffusers_diffdoctor.seeds import derive_seed
-from diffusers_diffdoctor.treatment import trainer as trainer_module
+from diffusers_diffdoctor.treatment import prepare
 
 
 class TwoChannels(torch.nn.Module):
@@ -105,7 +105,7 @@ def test_a_loss_of_nothing_is_refused(tmp_path, nothing):
 
 def test_adapter_weights_without_gradient_are_named_once(tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
+    monkeypatch.setattr(prepare.logger, "warning", said.append)
     trainer = tiny_trainer(tmp_path)
     layer = trainer.rollout.denoiser.transformer_blocks[0].attn.to_q
     layer.forward = layer.base_layer.forward  # as if something had kept the layer from before the adapter

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from diffusers_diffdoctor.treatment import trainer as trainer_module
+from diffusers_diffdoctor.treatment import resuming
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
@@ -244,7 +244,7 @@ def test_the_best_by_another_metric_is_looked_for_anew(tmp_path):
 def test_what_differs_is_said(tmp_path, monkeypatch):
     first_run(tmp_path)
     said = []
-    monkeypatch.setattr(trainer_module.logger, "warning", said.append)
+    monkeypatch.setattr(resuming.logger, "warning", said.append)
     resumed(tmp_path, max_steps=2 + 1, pixel_selection="max", seed=7)
     (line,) = [line for line in said if line.startswith("Resuming otherwise")]
     for difference in ("pixel_selection: 'threshold' -> 'max'", "seed: 42 -> 7", "max_steps: 2 -> 3"):

@@ -6,11 +6,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 
 from ..evaluation import to_pil
+from .adapter import loading_lines, scaling_call
 from .config import PixelRewardConfig
 from .examine import Sample
 
@@ -44,36 +47,34 @@ class Treatment:
 
     Attributes:
         args: its configuration.
-        base: what was treated, see [`describe_base`].
-        loading: the lines of Python that load base and LoRA as `pipe`.
-        weaker: the call that makes the LoRA weaker then.
+        pipeline: what was treated; it says how its LoRA is loaded.
+        base: its description, see [`describe_base`].
         size: height and width of its images in pixels.
         adapter: the LoRA's configuration.
         rewards: name -> weight.
         prompts: those it was trained on.
         step: updates of the LoRA that lies beside the card.
         log_history: the run's log, of which the figures of step 0 and of `step` are shown.
-        before, after: the same prompts and seeds without that LoRA and with it; may be empty.
+        images: the same prompts and seeds without that LoRA and with it; may be empty.
     """
 
     args: PixelRewardConfig
+    pipeline: DiffusionPipeline
     base: dict[str, str]
-    loading: str
-    weaker: str
     size: tuple[int, int]
     adapter: PeftConfig
     rewards: dict[str, float]
     prompts: list[str]
     step: int
     log_history: list[dict[str, Any]]
-    before: list[Sample]
-    after: list[Sample]
+    images: tuple[list[Sample], list[Sample]]
 
 
 def write_model_card(
     folder: Path,
     treatment: Treatment,
     title: str | None,
+    repo_id: str,
     paper: dict[str, str],
     tags: list[str],
     **metadata: Any,
@@ -84,12 +85,13 @@ def write_model_card(
         folder: where to.
         treatment: what to tell.
         title: the folder's name without it.
+        repo_id: the LoRA's id on the Hub.
         paper: `title` and `id` (arXiv) of the method's paper.
         tags: the card's tags.
         **metadata: further entries of the card's data; None is left out.
     """
     args, base, adapter = treatment.args, treatment.base, treatment.adapter
-    images = _save_images(folder, treatment.before, treatment.after)
+    images = _save_images(folder, *treatment.images)
     prompts = [image["prompt"] for image in images] or list(dict.fromkeys(treatment.prompts))
     widget = [{"text": image["prompt"], "output": {"url": image["after"]}} for image in images]
     data = ModelCardData(
@@ -113,8 +115,14 @@ def write_model_card(
         template_path=str(Path(__file__).with_name("model_card_template.md")),
         model_name=title or folder.name,
         base_name=base["pipeline"] or base["pipeline_class"],
-        loading=treatment.loading,
-        weaker=treatment.weaker,
+        loading=loading_lines(
+            treatment.pipeline,
+            base["denoiser"],
+            base=base["pipeline"] or base["pipeline_class"],
+            lora=repo_id,
+            dtype=getattr(torch, base["dtype"]),
+        ),
+        weaker=scaling_call(treatment.pipeline, base["denoiser"], 0.7),
         example_prompt=repr(prompts[0]),
         images=images,
         figures=figures,

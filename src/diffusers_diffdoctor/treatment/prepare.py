@@ -10,12 +10,16 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from packaging.version import parse
+from transformers.utils import logging
 
 from ..rewards import CombinedReward, RewardOutput
+from ..rollout import DifferentiableRollout
 from ..rollout.requirements import check_pipeline
 from .config import PixelRewardConfig
 from .quantization import check_quantization, quantization_config
 
+
+logger = logging.get_logger(__name__)
 
 RewardFunc = Callable[[torch.Tensor, Sequence[str]], RewardOutput | torch.Tensor] | torch.nn.Module
 
@@ -81,6 +85,50 @@ def build_reward(funcs: RewardFunc | list[RewardFunc], args: PixelRewardConfig) 
     for part in reward.rewards:
         check_detector(getattr(part, "detector", None), "reward_funcs")
     return reward
+
+
+def build_rollout(pipeline: DiffusionPipeline, args: PixelRewardConfig) -> DifferentiableRollout:
+    """The pipeline's rollout as the configuration asks for it."""
+    rollout = DifferentiableRollout(
+        pipeline,
+        height=args.height,
+        width=args.width,
+        num_inference_steps=args.num_inference_steps,
+        gradient_fraction=args.gradient_fraction,
+        guidance_scale=args.guidance_scale,
+        max_sequence_length=args.max_sequence_length,
+        pipeline_kwargs=args.pipeline_kwargs,
+        offline_sigmas=args.offline_sigmas,
+        offline_guidance_scale=args.offline_guidance_scale,
+    )
+    rollout.vae_gradient_checkpointing = args.vae_gradient_checkpointing
+    return rollout
+
+
+def encode_prompts(
+    rollout: DifferentiableRollout, args: PixelRewardConfig, prompts: Sequence[str], offline: Sequence[str]
+) -> None:
+    """Encode all prompts once, those of the offline loss too, then drop the text encoders: the denoiser comes after them."""
+    for name, component in rollout.pipeline.components.items():
+        if name.startswith("text_encoder") and component is not None:
+            component.to(args.device)
+    rollout.cache_prompts(list(dict.fromkeys(prompts)))
+    if offline:
+        rollout.cache_prompts(list(dict.fromkeys(offline)), offline=True)
+    if args.free_text_encoders:
+        rollout.free_text_encoders()
+
+
+def warn_of_idle_weights(rollout: torch.nn.Module) -> None:
+    """Name trained weights that the first backward pass did not reach. A gradient of 0 is normal: a new B hides all else."""
+    trained = [(name, weight) for name, weight in rollout.named_parameters() if weight.requires_grad]
+    idle = [name for name, weight in trained if weight.grad is None]
+    if idle:
+        logger.warning(
+            f"{len(idle)} of {len(trained)} adapter weights get no gradient, the first is {idle[0]}: the steps that carry "
+            "gradient do not use these layers, or use other objects than the adapter is on (an offloaded, compiled or "
+            "replaced denoiser). They stay untrained."
+        )
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ to be stored in a checkpoint.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,10 @@ from PIL import Image
 
 from ..images import to_image_tensor
 from ..seeds import derive_seed
+
+
+# Encoded images in memory, 0.5 MB each for FLUX at 1024 pixels; those beyond are encoded at every use.
+LATENTS_KEPT = 4096
 
 
 def read_prompts(dataset: Any, name: str) -> list[str]:
@@ -68,12 +72,20 @@ class RegularizationImages:
         dataset: rows with the columns "image" (anything that [`read_image`] reads) and "prompt".
         size: (height, width) in pixels. Images are scaled to cover it and cropped around their centre.
         seed: decides the order; every pass over the dataset has another one.
+        encode: images (1, 3, H, W) -> latents (1, C, h, w).
     """
 
-    def __init__(self, dataset: Any, size: tuple[int, int], seed: int):
+    def __init__(
+        self,
+        dataset: Any,
+        size: tuple[int, int],
+        seed: int,
+        encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ):
         self.prompts = read_prompts(dataset, "regularization_dataset")
         _column(dataset, "image", "regularization_dataset")
-        self.dataset, self.size, self.seed = dataset, size, seed
+        self.dataset, self.size, self.seed, self.encode = dataset, size, seed, encode
+        self._latents: dict[int, torch.Tensor] = {}
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def __len__(self) -> int:
@@ -98,3 +110,12 @@ class RegularizationImages:
                 f"`regularization_dataset` has an image in row {row} that cannot be used: {error} "
                 "Remove the row or repair the image."
             ) from error
+
+    def latents(self, row: int) -> torch.Tensor:
+        """Latents of an image, (1, C, h, w). It is encoded alone, so that they do not depend on who shares a batch."""
+        latents = self._latents.get(row)
+        if latents is None:
+            latents = self.encode(self.image(row)[None])
+            if len(self._latents) < LATENTS_KEPT:
+                self._latents[row] = latents.cpu()
+        return latents

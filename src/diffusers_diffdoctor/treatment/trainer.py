@@ -5,53 +5,45 @@ One step reads: roll out, score, regularise, log. What is left out on purpose: s
 data parallelism is enough), training of text encoders, and streaming prompt datasets (every prompt is checked before training).
 """
 
-import json
 import math
 import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, broadcast_object_list, gather_object
+from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from peft import PeftConfig
-from transformers import Trainer, TrainerCallback, is_datasets_available, set_seed
-from transformers.trainer_callback import ExportableState, TrainerState
-from transformers.trainer_utils import TrainOutput, speed_metrics
+from transformers import TrainerCallback, is_datasets_available, set_seed
+from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
-from ..rollout import DifferentiableRollout
+from ..rollout.drift import without_adapter
 from ..seeds import derive_seed
-from .adapter import add_lora, load_lora, loading_lines, lora_files, save_lora, scaling_call
-from .checkpoint import (
-    LIVE_LORA_FILE,
-    STATE_FILE,
-    apply_settings,
-    check_resumable,
-    check_same_optimizer,
-    describe_adapter,
-    describe_base,
-    describe_optimizer,
-    describe_prompts,
-    differences,
-    flush_to_disk,
-    last_checkpoint,
-    read_record,
-    remove_checkpoint,
-    write_record,
-)
+from .adapter import add_lora, load_lora, lora_files, save_lora
+from .checkpoint import LIVE_LORA_FILE, describe_adapter, describe_base, describe_prompts, read_record, write_record
 from .config import DTYPES, PixelRewardConfig
 from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
+from .held_out import HeldOut
 from .losses import offline_loss
 from .model_card import Treatment, upload, write_model_card
-from .prepare import RewardFunc, build_reward, check_detector, load_pipeline
+from .prepare import (
+    RewardFunc,
+    build_reward,
+    build_rollout,
+    check_detector,
+    encode_prompts,
+    load_pipeline,
+    warn_of_idle_weights,
+)
+from .resuming import ResumableTrainer
 from .samples import RegularizationImages, read_prompts
 
 
@@ -60,11 +52,8 @@ if is_datasets_available():
 
 logger = logging.get_logger(__name__)
 
-# Encoded regularization images in memory, 0.5 MB each for FLUX at 1024 pixels; those beyond are encoded at every use.
-LATENTS_KEPT = 4096
 
-
-class PixelRewardTrainer(Trainer):
+class PixelRewardTrainer(ResumableTrainer):
     """
     Trainer that teaches a diffusers pipeline, through a LoRA on its denoiser, not to make artifacts.
 
@@ -143,10 +132,7 @@ class PixelRewardTrainer(Trainer):
         if not isinstance(args, PixelRewardConfig):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be a `PixelRewardConfig`.")
         prompts = read_prompts(train_dataset, "train_dataset")
-        self.eval_prompts = {
-            name: read_prompts(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset")
-            for name, dataset in _named(eval_dataset).items()
-        }
+        self.held_out = self._read_held_out(eval_dataset, args)
         self.reward = build_reward(reward_funcs, args)
         if judge is not None and not callable(getattr(judge, "confidence", None)):
             raise TypeError(f"`judge` is a {type(judge).__name__}, but must have a method `confidence(images)`.")
@@ -156,11 +142,13 @@ class PixelRewardTrainer(Trainer):
 
         set_seed(args.seed)
         self.pipeline = load_pipeline(pipeline, DTYPES[args.pipeline_dtype], args.quantization)
-        self.rollout = self._build_rollout(args, peft_config)
+        self.rollout = build_rollout(self.pipeline, args)
+        self.base = describe_base(self.pipeline, self.rollout.denoiser_name)
+        self.peft_config = add_lora(self.pipeline, self.rollout.denoiser_name, args, peft_config)
         self.regularization = None
         if regularization_dataset is not None and args.offline_weight > 0:
             size = (self.rollout.height, self.rollout.width)
-            self.regularization = RegularizationImages(regularization_dataset, size, args.seed)
+            self.regularization = RegularizationImages(regularization_dataset, size, args.seed, self._encode)
         elif args.offline_weight > 0:
             logger.warning(
                 "No `regularization_dataset` was passed: the offline loss is left out (`offline_weight=0`)."
@@ -171,17 +159,13 @@ class PixelRewardTrainer(Trainer):
                 f"`pixel_weight` is {args.pixel_weight} with `reward_weights` {self.reward.weights}, and there is no offline "
                 "loss: nothing would be learnt. Raise them, or pass a `regularization_dataset`."
             )
-        self._encode_prompts(args, prompts)
+        if args.cache_prompt_embeddings:
+            known = [prompts, *(held_out.prompts for held_out in self.held_out.values())]
+            offline = self.regularization.prompts if self.regularization is not None else []
+            encode_prompts(self.rollout, args, [prompt for part in known for prompt in part], offline)
 
-        self._latent_cache: dict[int, torch.Tensor] = {}
-        self._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-        self._before: dict[str, list[Sample]] = {}  # held-out images of the untreated pipeline, by prefix
-        self._after: dict[str, tuple[int, list[Sample]]] = {}  # the same with the LoRA, and the step it was at
-        self._best_step: int | None = None  # step of the LoRA that `load_best_model_at_end` has loaded
-        self._optimizer_as_asked: dict[str, Any] | None = None
-        self._resumed: dict[str, Any] | None = None  # the record of the checkpoint that is continued
+        self._metrics = defaultdict(list)
         self._samples: list[tuple[str, int]] = []  # prompts and seeds since the last update, to name in an error
-        self._log_file_is_ours = False
 
         super().__init__(
             model=self.rollout,
@@ -202,43 +186,24 @@ class PixelRewardTrainer(Trainer):
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval().to(args.device)
         if self.regularization is not None:
-            self._latents(self.regularization.row(0))  # a pipeline without offline loss is refused now
+            self.regularization.latents(self.regularization.row(0))  # a pipeline without offline loss is refused now
         self._start_average()
         logger.info(self._plan(len(prompts)))
 
     # --- setup -------------------------------------------------------------------------------------------------------------
 
-    def _build_rollout(self, args: PixelRewardConfig, peft_config: PeftConfig | None) -> DifferentiableRollout:
-        rollout = DifferentiableRollout(
-            self.pipeline,
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.num_inference_steps,
-            gradient_fraction=args.gradient_fraction,
-            guidance_scale=args.guidance_scale,
-            max_sequence_length=args.max_sequence_length,
-            pipeline_kwargs=args.pipeline_kwargs,
-            offline_sigmas=args.offline_sigmas,
-            offline_guidance_scale=args.offline_guidance_scale,
-        )
-        self.base = describe_base(self.pipeline, rollout.denoiser_name)
-        self.peft_config = add_lora(self.pipeline, rollout.denoiser_name, args, peft_config)
-        rollout.vae_gradient_checkpointing = args.vae_gradient_checkpointing
-        return rollout
+    def _read_held_out(self, eval_dataset: Any, args: PixelRewardConfig) -> dict[str, HeldOut]:
+        """One set of prompts, by the name "", or those of a dictionary by theirs."""
+        sets = eval_dataset if isinstance(eval_dataset, dict) else {} if eval_dataset is None else {"": eval_dataset}
+        return {
+            name: HeldOut(
+                read_prompts(dataset, f"eval_dataset[{name!r}]" if name else "eval_dataset"), args, self._examine
+            )
+            for name, dataset in sets.items()
+        }
 
-    def _encode_prompts(self, args: PixelRewardConfig, prompts: list[str]) -> None:
-        """Encode all prompts, then drop the text encoders, before the denoiser comes to the device."""
-        if not args.cache_prompt_embeddings:
-            return
-        for name, component in self.pipeline.components.items():
-            if name.startswith("text_encoder") and component is not None:
-                component.to(args.device)
-        known = [prompts, *self.eval_prompts.values()]
-        self.rollout.cache_prompts(list(dict.fromkeys(prompt for part in known for prompt in part)))
-        if self.regularization is not None:
-            self.rollout.cache_prompts(list(dict.fromkeys(self.regularization.prompts)), offline=True)
-        if args.free_text_encoders:
-            self.rollout.free_text_encoders()
+    def _encode(self, images: torch.Tensor) -> torch.Tensor:
+        return self.rollout.encode_images(images.to(self.args.device))
 
     def _plan(self, num_prompts: int) -> str:
         args, count = self.args, sum(parameter.numel() for parameter in self.trained_parameters)
@@ -296,7 +261,7 @@ class PixelRewardTrainer(Trainer):
         metrics |= {f"rewards/{name}": score for name, score in reward.parts.items()}
         metrics |= diagnose_maps(reward.map.detach()) if reward.map is not None else {}
         for name, values in metrics.items():
-            self._metrics["train"][name].append(values.detach().float().mean())
+            self._metrics[name].append(values.detach().float().mean())
         self._samples += zip(prompts, seeds)
         return (loss, rollout) if return_outputs else loss
 
@@ -305,19 +270,12 @@ class PixelRewardTrainer(Trainer):
             return {}
         rows = [self.regularization.row(position) for position in positions]
         return {
-            "regularization_latents": torch.cat([self._latents(row) for row in rows]),
+            "regularization_latents": torch.cat([self.regularization.latents(row) for row in rows]).to(
+                self.args.device
+            ),
             "regularization_prompts": [self.regularization.prompts[row] for row in rows],
             "regularization_seeds": [derive_seed(self.args.seed, "offline", position) for position in positions],
         }
-
-    def _latents(self, row: int) -> torch.Tensor:
-        """Latents of a regularization image, (1, C, h, w). Encoded alone, so that they do not depend on who shares a batch."""
-        latents = self._latent_cache.get(row)
-        if latents is None:
-            latents = self.rollout.encode_images(self.regularization.image(row)[None].to(self.args.device))
-            if len(self._latent_cache) < LATENTS_KEPT:
-                self._latent_cache[row] = latents.cpu()
-        return latents.to(self.args.device)
 
     def _stop_if_not_finite(
         self, name: str, losses: torch.Tensor, prompts: Sequence[str], seeds: Sequence[int]
@@ -335,17 +293,6 @@ class PixelRewardTrainer(Trainer):
         self._samples = []
         return norm
 
-    def _warn_of_idle_weights(self) -> None:
-        """Name trained weights that the loss does not reach. A gradient of 0 is none of that: all have it behind a new B."""
-        trained = [(name, weight) for name, weight in self.rollout.named_parameters() if weight.requires_grad]
-        idle = [name for name, weight in trained if weight.grad is None]
-        if idle:
-            logger.warning(
-                f"{len(idle)} of {len(trained)} adapter weights get no gradient, the first is {idle[0]}: the steps that carry "
-                "gradient do not use these layers, or use other objects than the adapter is on (an offloaded, compiled or "
-                "replaced denoiser). They stay untrained."
-            )
-
     def _stop(self, what: str, culprits: Sequence[tuple[str, int]]) -> None:
         named = ", ".join(f"{prompt!r} (seed {seed})" for prompt, seed in culprits[:4])
         raise FloatingPointError(
@@ -356,18 +303,12 @@ class PixelRewardTrainer(Trainer):
     # --- logging -------------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        mode = "train" if self.model.training else "eval"
-        names = sorted(self._metrics[mode])
-        if names:
-            means = torch.stack([torch.stack(self._metrics[mode][name]).mean() for name in names])
-            means = self.accelerator.reduce(means, reduction="mean").tolist()
-            logs.update(zip(names if mode == "train" else [f"eval_{name}" for name in names], means))
-            self._metrics[mode].clear()
+        if self.model.training and self._metrics:
+            names = sorted(self._metrics)
+            means = torch.stack([torch.stack(self._metrics[name]).mean() for name in names])
+            logs.update(zip(names, self.accelerator.reduce(means, reduction="mean").tolist()))
+            self._metrics.clear()
         super().log(logs, start_time)
-        if self.is_world_process_zero():
-            with open(Path(self.args.output_dir, "metrics.jsonl"), "a" if self._log_file_is_ours else "w") as file:
-                file.write(json.dumps(self.state.log_history[-1]) + "\n")
-            self._log_file_is_ours = True
 
     # --- evaluation ----------------------------------------------------------------------------------------------------------
 
@@ -390,91 +331,58 @@ class PixelRewardTrainer(Trainer):
             `eval_max_confidence`, `eval_area_ratio`, all by the detector that is trained against, `eval_reward`, the same by
             the judge as `eval_judge_*`, what `compute_metrics` returns, and the run time in seconds.
         """
-        sets = self.eval_prompts
+        sets = self.held_out
         if eval_dataset is not None:
-            sets = {name: read_prompts(data, "eval_dataset") for name, data in _named(eval_dataset).items()}
+            sets = self._read_held_out(eval_dataset, self.args)
         if not sets:
             raise ValueError("`eval_dataset` is missing: pass held-out prompts to the trainer or to `evaluate()`.")
         metrics = {}
-        for name, prompts in sets.items():
-            metrics |= self._evaluate_prompts(prompts, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
+        for name, held_out in sets.items():
+            prefix = _joined(metric_key_prefix, name)
+            measured = self._measure(held_out, prefix, treated=True)
+            self._draw(held_out, prefix)
+            self.write_report()
+            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
+            metrics |= measured
         return metrics
 
-    def _evaluate_prompts(self, prompts: list[str], prefix: str) -> dict[str, float]:
-        metrics, samples = self._measure(prompts, prefix, treated=True)
-        drawn = samples[: self.args.log_images]
-        if self.is_world_process_zero() and drawn:
-            step = self.state.global_step
-            self._after[prefix] = (self.lora_step, drawn)
-            picture = draw(self._drawn(prompts, prefix, treated=False), drawn)
-            folder = Path(self.args.output_dir, "eval" if prefix == "eval" else prefix.replace("eval_", "eval-"))
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"step-{step}.png")
-            show_in_trackers(self.callback_handler.callbacks, f"{prefix}/images", picture, step)
-        self.write_report()
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _measure_untreated(self) -> None:
-        """Log the figures of the pipeline without the LoRA, on the same prompts and seeds as all evaluations, as step 0."""
-        for name, prompts in self.eval_prompts.items():
-            prefix = f"eval_{name}" if name else "eval"
-            _, samples = self._measure(prompts, prefix, treated=False)
-            self._before[prefix] = samples[: self.args.log_images]
-
-    def _measure(self, prompts: list[str], prefix: str, treated: bool) -> tuple[dict[str, float], list[Sample]]:
-        """Generate and judge on all processes, log the figures, and return them with the samples."""
-        start, count = time.time(), self.args.eval_num_images
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        was_training = self.model.training
+    def _measure(self, held_out: HeldOut, prefix: str, treated: bool) -> dict[str, float]:
+        """Generate and judge on all processes, and log the figures."""
+        start, was_training = time.time(), self.model.training
         self.model.eval()
-        mine = self._examine(prompts, range(count)[rank::world], treated)
-        samples = sorted(gather_object(mine), key=lambda sample: sample.seed)
+        samples = held_out.samples(treated, self.lora_step, self.accelerator)
         figures = mean_figures(samples)
         if self.image_metrics is not None:
             extra = [None]
             if self.is_world_process_zero():
-                images, texts = zip(*((sample.image, sample.prompt) for sample in samples))
-                extra = [dict(self.image_metrics(torch.stack(images), list(texts)))]
+                extra = [dict(self.image_metrics(torch.stack([sample.image for sample in samples]), held_out.prompts))]
             figures |= broadcast_object_list(extra)[0]
         metrics = {f"{prefix}_{name}": float(value) for name, value in figures.items()}
-        metrics |= speed_metrics(prefix, start, num_samples=count)
+        metrics |= speed_metrics(prefix, start, num_samples=len(samples))
         self.log(metrics)
         self.model.train(was_training)
-        return metrics, samples
+        return metrics
 
-    def _drawn(self, prompts: list[str], prefix: str, treated: bool) -> list[Sample]:
-        """The samples that are shown, by the LoRA as it is or without it; made again where those at hand are others."""
-        step, samples = (
-            self._after.get(prefix, (None, [])) if treated else (self.lora_step, self._before.get(prefix, []))
-        )
-        shown = range(min(self.args.log_images, self.args.eval_num_images))
-        if step != self.lora_step or [sample.prompt for sample in samples] != [
-            prompts[i % len(prompts)] for i in shown
-        ]:
-            samples = self._examine(prompts, shown, treated)
-        if treated:
-            self._after[prefix] = (self.lora_step, samples)
-        else:
-            self._before[prefix] = samples
-        return samples
+    def _measure_untreated(self) -> None:
+        """Log the figures of the pipeline without the LoRA, on the same prompts and seeds as all evaluations, as step 0."""
+        for name, held_out in self.held_out.items():
+            self._measure(held_out, _joined("eval", name), treated=False)
 
-    def before_and_after(self) -> tuple[list[Sample], list[Sample]]:
-        """The first `log_images` held-out prompts without the LoRA and with it as it is, if evaluations were logged. For the
-        main process."""
-        name, prompts = next(iter(self.eval_prompts.items()), ("", []))
-        prefix = f"eval_{name}" if name else "eval"
-        if not any(f"{prefix}_reward" in entry for entry in self.state.log_history):
-            return [], []
-        return self._drawn(prompts, prefix, treated=False), self._drawn(prompts, prefix, treated=True)
+    def _draw(self, held_out: HeldOut, prefix: str) -> None:
+        if self.is_world_process_zero() and self.args.log_images:
+            picture = draw(*held_out.before_and_after(self.lora_step))
+            folder = Path(self.args.output_dir, "eval" if prefix == "eval" else prefix.replace("eval_", "eval-"))
+            folder.mkdir(parents=True, exist_ok=True)
+            picture.save(folder / f"step-{self.state.global_step}.png")
+            show_in_trackers(self.callback_handler.callbacks, f"{prefix}/images", picture, self.state.global_step)
 
-    def _examine(self, prompts: list[str], indices: Sequence[int], treated: bool) -> list[Sample]:
+    def _examine(self, prompts: list[str], seeds: list[int], treated: bool) -> list[Sample]:
         return examine(
             lambda prompts, seeds: self.generate(prompts, seeds, treated),
             self.reward,
             self.judge,
-            [prompts[i % len(prompts)] for i in indices],
-            [self.args.eval_seed + i for i in indices],
+            prompts,
+            seeds,
             self.args.per_device_eval_batch_size,
             self.args.device,
         )
@@ -491,16 +399,13 @@ class PixelRewardTrainer(Trainer):
         Returns:
             `torch.Tensor`: (B, 3, H, W) in [0, 1], on the CPU.
         """
-        denoiser, was_training = self.rollout.denoiser, self.rollout.training
+        was_training = self.rollout.training
         self.rollout.eval()
-        if not treated:
-            denoiser.disable_adapters()
         try:
-            with self.averaged_weights(), self.accelerator.autocast():
+            lora = self.averaged_weights() if treated else without_adapter(self.rollout.denoiser)
+            with lora, self.accelerator.autocast():
                 return self.rollout.generate(prompts, seeds, batch_size=self.args.per_device_eval_batch_size)
         finally:
-            if not treated:
-                denoiser.enable_adapters()
             self.rollout.train(was_training)
 
     def _start_average(self) -> None:
@@ -529,104 +434,15 @@ class PixelRewardTrainer(Trainer):
 
     # --- checkpoints ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def lora_step(self) -> int:
-        """The step whose weights the LoRA has: the last one, or the best one where it was loaded at the end."""
-        return self.state.global_step if self._best_step is None else self._best_step
-
     def record(self) -> dict[str, Any]:
         """What is written beside a LoRA: what was treated, how, and how far."""
         return {
             "base": self.base,
-            "step": self.lora_step,
             "adapter": describe_adapter(self.peft_config),
             "average_updates": None if self.average is None else self.average.optimization_step,
-            "optimizer": self._optimizer_as_asked,
-            "schedule": None if self.lr_scheduler is None else type(self.lr_scheduler).__name__,
-            "samples_per_update": self.get_total_train_batch_size(self.args),
-            "processes": self.args.world_size,
             "prompts": describe_prompts([row["prompt"] for row in self.train_dataset]),
-            "args": self.args.to_sanitized_dict(),
+            **super().record(),
         }
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As in [`~transformers.Trainer`]; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
-
-        A resumed run does what its arguments say from its first step on: a changed learning rate, schedule or optimizer
-        setting is the one used, at the checkpoint's position. Differing arguments are logged.
-
-        Raises:
-            ValueError: the checkpoint cannot be continued; see [`~treatment.checkpoint.check_resumable`].
-        """
-        self._best_step = self._resumed = None
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
-        if resume_from_checkpoint:
-            check_resumable(resume_from_checkpoint, self.record(), self.args.ignore_data_skip)
-            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint, STATE_FILE)))
-            self._keep_log_until(state.global_step)
-            if (
-                0 < self.args.max_steps <= state.global_step
-            ):  # the parent would take one more step in an epoch half done
-                logger.warning(f"Nothing to train: {resume_from_checkpoint} has all of {self.args.max_steps} steps.")
-                self._load_from_checkpoint(resume_from_checkpoint)
-                self.state = state
-                return TrainOutput(state.global_step, 0.0, {})
-            self._resumed = read_record(resume_from_checkpoint)
-            differing = differences(self._resumed, self.record())
-            if differing:
-                logger.warning(f"Resuming otherwise than {resume_from_checkpoint}: {'; '.join(differing)}.")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
-
-    def _keep_log_until(self, step: int) -> None:
-        path = Path(self.args.output_dir, "metrics.jsonl")
-        if self.is_world_process_zero() and path.is_file():
-            lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(f"{line}\n" for line in lines))
-            self._log_file_is_ours = True
-
-    def _settle_state(self) -> None:
-        """A resumed state brings the intervals of its checkpoint, and a best value by the metric of its checkpoint."""
-        self.state.compute_steps(self.args, self.state.max_steps)
-        if self._resumed is not None:
-            now, names = self.args.to_sanitized_dict(), ("metric_for_best_model", "greater_is_better")
-            if any(self._resumed["args"][name] != now[name] for name in names):
-                self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        if self._optimizer_as_asked is None:
-            self._optimizer_as_asked = describe_optimizer(self.optimizer)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None:
-            return
-        then, now = self._resumed, self.record()
-        check_same_optimizer(then, now, self.lr_scheduler)
-        super()._load_optimizer_and_scheduler(checkpoint)
-        apply_settings(
-            self.optimizer, self.lr_scheduler, then["optimizer"]["groups"], self._optimizer_as_asked["groups"]
-        )
-
-    def _load_scaler(self, checkpoint):
-        if self.accelerator.scaler is not None:  # none where a run in float16 goes on in float32
-            super()._load_scaler(checkpoint)
-
-    def _save_checkpoint(self, model, trial):
-        """The parent's. It writes the state last, and without it a folder counts as no checkpoint."""
-        if self.args.should_save:  # a mixture of this run and an earlier one would look whole
-            remove_checkpoint(Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}"))
-        self.accelerator.wait_for_everyone()
-        # The parent appends to the list of a class with several callbacks, and fails at one that the checkpoint had not.
-        callbacks = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
-        self.state.stateful_callbacks = {type(callback).__name__: [] for callback in callbacks}
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        self.accelerator.wait_for_everyone()  # every process has written before the main one writes the state
-        if self.args.should_save:
-            flush_to_disk(output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the LoRA in the format of diffusers and, when called by the user, the model card."""
@@ -692,40 +508,36 @@ class PixelRewardTrainer(Trainer):
             output_dir (`str`, *optional*): folder to write to; `args.output_dir` without it.
         """
         if self.is_world_process_zero():
-            tags = [tags] if isinstance(tags, str) else list(tags or [])
-            folder, denoiser_name = Path(output_dir or self.args.output_dir), self.rollout.denoiser_name
-            before, after = self.before_and_after()
-            loading = loading_lines(
-                self.pipeline,
-                denoiser_name,
-                base=self.base["pipeline"] or self.base["pipeline_class"],
-                lora=self.hub_model_id or self.args.hub_model_id or f"your-name/{folder.name}",
-                dtype=getattr(torch, self.base["dtype"]),
-            )
+            folder = Path(output_dir or self.args.output_dir)
             treatment = Treatment(
                 args=self.args,
+                pipeline=self.pipeline,
                 base=self.base,
-                loading=loading,
-                weaker=scaling_call(self.pipeline, denoiser_name, 0.7),
                 size=(self.rollout.height, self.rollout.width),
                 adapter=self.peft_config,
                 rewards=dict(zip(self.reward.names, self.reward.weights)),
                 prompts=[row["prompt"] for row in self.train_dataset],
                 step=self.lora_step,
                 log_history=self.state.log_history,
-                before=before,
-                after=after,
+                images=self._shown(),
             )
             write_model_card(
                 folder,
                 treatment,
                 title=model_name,
+                repo_id=self.hub_model_id or self.args.hub_model_id or f"your-name/{folder.name}",
                 paper=self._paper,
-                tags=[*self._tag_names, *tags],
+                tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
                 datasets=dataset,
                 license=license,
                 language=language,
             )
+
+    def _shown(self) -> tuple[list[Sample], list[Sample]]:
+        """Held-out images before and after, by the LoRA as it is, if evaluations were logged."""
+        evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
+        first = next(iter(self.held_out.values()), None)
+        return first.before_and_after(self.lora_step) if evaluated and first is not None else ([], [])
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         running, args = self.push_in_progress, self.args
@@ -759,7 +571,7 @@ class _AfterStep(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self.looked_at_gradients:
-            self.trainer._warn_of_idle_weights()
+            warn_of_idle_weights(self.trainer.rollout)
             self.looked_at_gradients = True
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -774,7 +586,5 @@ def _collate(rows: list[dict[str, str]]) -> dict[str, list[str]]:
     return {"prompt": [row["prompt"] for row in rows]}
 
 
-def _named(dataset: Any) -> Mapping[str, Any]:
-    if dataset is None:
-        return {}
-    return dataset if isinstance(dataset, dict) else {"": dataset}
+def _joined(prefix: str, name: str) -> str:
+    return f"{prefix}_{name}" if name else prefix
