@@ -206,3 +206,8 @@ def test_arguments_are_checked_before_the_pipeline_is_loaded(tmp_path):
     """A wrong dataset must not cost the minutes in which FLUX is loaded."""
     with pytest.raises(ValueError, match="`train_dataset` is empty"):
         PixelRewardTrainer("/nowhere/at/all", tiny_detector(), tiny_args(tmp_path), [])
+
+
+def test_float16_without_scaled_gradients(tmp_path):
+    with pytest.raises(ValueError, match="`pipeline` is in float16 and its gradients are not scaled"):
+        tiny_trainer(tmp_path, tiny_flux().to(torch.float16))

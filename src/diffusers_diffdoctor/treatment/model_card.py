@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData, upload_folder
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 
@@ -19,7 +19,7 @@ from .examine import Sample
 
 
 # Never uploaded beside the LoRA: checkpoints, which go their own way.
-NOT_UPLOADED = ["_*", "checkpoint-*"]
+NOT_UPLOADED = ["_*", "checkpoint-*", ".*.unfinished/*"]
 RECIPE = (
     "num_inference_steps",
     "gradient_fraction",
@@ -198,9 +198,9 @@ def upload(args: PixelRewardConfig, repo_id: str, checkpoint: str, step: int) ->
         "revision": args.hub_revision,
         "run_as_future": True,
     }
-    api = HfApi()
-    jobs = [api.upload_folder(folder_path=args.output_dir, ignore_patterns=NOT_UPLOADED, **common)]
+    # of the one client that uploads in the order of the calls: an earlier save must not arrive after a later one
+    jobs = [upload_folder(folder_path=args.output_dir, ignore_patterns=NOT_UPLOADED, **common)]
     if args.hub_strategy in ("checkpoint", "all_checkpoints"):
         name = "last-checkpoint" if args.hub_strategy == "checkpoint" else Path(checkpoint).name
-        jobs.append(api.upload_folder(folder_path=checkpoint, path_in_repo=name, **common))
+        jobs.append(upload_folder(folder_path=checkpoint, path_in_repo=name, **common))
     return jobs

@@ -25,6 +25,7 @@ from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
+from ..files import written_atomically
 from ..rollout.drift import without_adapter
 from ..seeds import derive_seed
 from .adapter import add_lora, load_lora, lora_files, save_lora
@@ -180,6 +181,11 @@ class PixelRewardTrainer(ResumableTrainer):
             raise ValueError(
                 f"`PixelRewardTrainer` does not shard models ({self.accelerator.distributed_type}): the trained part is a "
                 "LoRA. Launch with plain data parallelism, see examples/accelerate/multi_gpu.yaml."
+            )
+        if self.rollout.denoiser.dtype == torch.float16 and self.accelerator.scaler is None:
+            raise ValueError(
+                "`pipeline` is in float16 and its gradients are not scaled, so that most would become 0. Set `fp16=True` "
+                "(needs a GPU), or load it in another type: `pipeline_dtype` is bfloat16 or float32."
             )
         self.pipeline.to(args.device)
         for module in [self.reward, self.judge]:
@@ -544,7 +550,8 @@ class PixelRewardTrainer(ResumableTrainer):
         if not self.is_world_process_zero() or args.hub_strategy == "end":
             return
         for file in lora_files(checkpoint_folder):
-            shutil.copy(file, args.output_dir)
+            with written_atomically(Path(args.output_dir, Path(file).name)) as unfinished:  # an upload may be reading
+                shutil.copy(file, unfinished)
         self.create_model_card()
         busy = running is not None and not running.is_done()
         if busy and not args.hub_always_push:
