@@ -4,9 +4,12 @@
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler
+from fixtures.classic_pipelines import tiny_sana
 from fixtures.pipelines import add_lora, tiny_flux, tiny_lcm, tiny_qwen, tiny_sdxl
+from peft import LoraConfig
 
 from diffusers_diffdoctor.rollout import DifferentiableRollout
+from diffusers_diffdoctor.rollout.call import PipelineCall
 
 
 PROMPTS = ["one cat", "two dog", "red hat"]  # of one length, so that they share a batch everywhere
@@ -214,6 +217,42 @@ def test_a_safety_checker_is_left_out():
     images = make(pipeline)(["a cat"], [0]).images
     torch.testing.assert_close(images, expected)
     assert pipeline.safety_checker is checker
+
+
+def test_a_safety_checker_that_must_be_there_is_asked_nothing():
+    """Cosmos refuses to run without one, and calls methods of it."""
+
+    class Guard:
+        def check_text_safety(self, text):
+            raise AssertionError("asked")
+
+    pipeline = tiny_lcm()
+    vars(pipeline)["safety_checker"] = guard = Guard()
+    call, seen = PipelineCall(pipeline, "unet"), []
+    call.function = lambda pipeline, **kwargs: seen.append(pipeline.safety_checker) or [torch.zeros(1)]
+    call()
+    (stand_in,) = seen
+    assert stand_in.to("cpu").check_text_safety("a cat") and stand_in.check_video_safety("frames") == "frames"
+    assert pipeline.safety_checker is guard
+
+
+def test_only_a_loras_dropout_follows_training(flux):
+    flux.transformer.requires_grad_(False)
+    flux.transformer.add_adapter(LoraConfig(r=2, lora_dropout=0.5, target_modules=["to_q"]))
+    rollout = make(flux).train()
+    assert rollout.training
+    training = {name for name, module in rollout.denoiser.named_modules() if module.training}
+    assert training and all("lora_dropout" in name for name in training)
+    rollout.eval()
+    assert not any(module.training for module in rollout.modules())
+
+
+def test_the_default_size_is_that_of_the_signature_or_of_the_config(flux):
+    sana = make(tiny_sana(), height=None, width=None, pipeline_kwargs={"clean_caption": False})
+    assert (sana.height, sana.width) == (1024, 1024)  # its `__call__` says so
+    assert not sana.call_kwargs["use_resolution_binning"]
+    rollout = make(flux, height=None, width=48)
+    assert (rollout.height, rollout.width) == (flux.default_sample_size * flux.vae_scale_factor, 48)
 
 
 def test_checkpointing_recomputes_and_changes_no_gradient(any_pipeline):
