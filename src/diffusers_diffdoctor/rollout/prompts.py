@@ -48,12 +48,14 @@ class RememberedPrompts:
 
     Attributes:
         missing: why prompts cannot be remembered for this pipeline, in one line; None where they can.
+        takes_device: whether `encode_prompt` can be told where to encode.
     """
 
     def __init__(self, call: PipelineCall):
         self.call, self.pipeline = call, call.pipeline
         self.encode = getattr(self.pipeline, "encode_prompt", None)
         self.signature = None if self.encode is None else inspect.signature(self.encode)
+        self.takes_device = self.signature is not None and "device" in self.signature.parameters
         self.missing: str | None = None
         if self.encode is None:
             self.missing = f"{type(self.pipeline).__name__} has no encode_prompt of its own"
@@ -214,7 +216,7 @@ class RememberedPrompts:
         sample = inspect.BoundArguments(self.signature, arguments)
         encoders = (getattr(self.pipeline, name) for name in text_components(self.pipeline))
         device = next((encoder.device for encoder in encoders if isinstance(encoder, nn.Module)), None)
-        if "device" in self.signature.parameters and device is not None:
+        if self.takes_device and device is not None:
             sample.arguments["device"] = device
         return self.encode(*sample.args, **sample.kwargs)
 

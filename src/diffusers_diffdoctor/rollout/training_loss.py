@@ -102,7 +102,9 @@ class TrainingLoss:
         self._mu, shape = seen.mu, tuple(drawn[0][1:])
         with replaced(self.call.denoiser, "forward", lambda *args, **kwargs: said[0]):
             self._map = measure_latent_map(lambda x: self._decoder_input(prompt, x.to(device), half), shape)
-            self._layout = measure_latent_map(lambda x: self._step([prompt], x.to(device), half)[0].sample, shape)
+            self._layout = measure_latent_map(
+                lambda x: self._step([prompt], x.to(device), half, exact=True)[0].sample, shape
+            )
         self._check_plain(prompt, half, said[0])
         levels = torch.tensor([0.4 * level, 1.6 * level]).to(half.dtype)
         pair = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1)).to(device)
@@ -134,7 +136,7 @@ class TrainingLoss:
         with ExitStack() as stack:
             for module in modules:
                 stack.enter_context(replaced(module, "decode", note))
-            seen, _ = self._step([prompt], latents, timesteps, go_on=bool(modules))
+            seen, _ = self._step([prompt], latents, timesteps, go_on=bool(modules), exact=True)
         if not modules:
             return seen.sample
         if not inputs:
@@ -191,6 +193,7 @@ class TrainingLoss:
         latents: torch.Tensor | None,
         timesteps: torch.Tensor,
         go_on: bool = False,
+        exact: bool = False,
         drawn: list[torch.Size] | None = None,
     ) -> tuple[LevelScheduler, list[Any]]:
         """One step of the pipeline's call.
@@ -200,6 +203,7 @@ class TrainingLoss:
             latents: what the draw of noise is answered with; None for noise.
             timesteps: (B,) or (1,).
             go_on: whether the call goes on to its decoder.
+            exact: answer in float32 whatever is asked for: for calls whose denoiser is replaced.
             drawn: receives the shapes that are drawn.
 
         Returns:
@@ -216,7 +220,8 @@ class TrainingLoss:
             if latents is None or answered:
                 return draw(shape, *args, **kwargs)
             answered = True
-            return latents.reshape(shape).to(kwargs.get("device"), kwargs.get("dtype") or latents.dtype)
+            dtype = None if exact else kwargs.get("dtype")
+            return latents.reshape(shape).to(kwargs.get("device"), dtype or latents.dtype)
 
         def ended(*args, **kwargs):
             result = step(*args, **kwargs)

@@ -109,9 +109,12 @@ def encode_prompts(
     rollout: DifferentiableRollout, args: PixelRewardConfig, prompts: Sequence[str], offline: Sequence[str]
 ) -> None:
     """Encode all prompts once, those of the offline loss too, then drop the text encoders: the denoiser comes after them."""
-    for name, component in rollout.pipeline.components.items():
-        if name.startswith("text_encoder") and component is not None:
-            component.to(args.device)
+    if rollout.prompts.takes_device:
+        for name, component in rollout.pipeline.components.items():
+            if name.startswith("text_encoder") and component is not None:
+                component.to(args.device)
+    else:  # such a pipeline encodes where its first component lies
+        rollout.pipeline.to(args.device)
     rollout.cache_prompts(list(dict.fromkeys(prompts)))
     if offline:
         rollout.cache_prompts(list(dict.fromkeys(offline)), offline=True)
