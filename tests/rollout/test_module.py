@@ -191,7 +191,16 @@ def test_the_window_counts_steps_where_a_scheduler_takes_two_calls():
 
 @pytest.mark.parametrize(
     ("steps", "fraction", "window"),
-    [(4, 0.25, 1), (10, 0.25, 3), (10, 0.3, 3), (100, 0.07, 7), (3, 0.01, 1), (1, 1.0, 1), (50, 0.5, 25)],
+    [
+        (4, 0.25, 1),
+        (4, 1e-12, 1),
+        (10, 0.25, 3),
+        (10, 0.3, 3),
+        (100, 0.07, 7),
+        (3, 0.01, 1),
+        (1, 1.0, 1),
+        (50, 0.5, 25),
+    ],
 )
 def test_the_window_is_a_whole_number_of_steps(flux, steps, fraction, window):
     assert make(flux, num_inference_steps=steps, gradient_fraction=fraction).gradient_steps == window
@@ -404,13 +413,13 @@ def test_prompts_of_other_lengths_are_not_padded_to_one_another():
     """Each image is the one that the pipeline draws of its prompt alone; those of one length share a batch."""
     pipeline = tiny_qwen()
     rollout = make(pipeline)
-    prompts, seeds = ["a cat", "two dogs", "a dog"], [3, 1, 2]
+    prompts, seeds = ["a cat", "two dogs", "a dog and a cat", "a dog"], [3, 1, 2, 5]
     expected = torch.cat([own_images(rollout, [prompt], [seed]) for prompt, seed in zip(prompts, seeds)])
     rollout.cache_prompts(prompts)
     calls = []
     pipeline.transformer.register_forward_hook(lambda module, args, output: calls.append(len(output[0])))
     torch.testing.assert_close(rollout.generate(prompts, seeds), expected, rtol=0, atol=1e-6)
-    assert calls == [2] * 4 + [1] * 4
+    assert calls == [2] * 4 + [1] * 8
 
 
 def test_embeddings_made_elsewhere_stand_for_a_prompt(flux):

@@ -6,11 +6,11 @@ import pytest
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from fixtures.classic_pipelines import tiny_sana_sprint, tiny_sd
-from fixtures.pipelines import add_lora, tiny_flux, tiny_pixart, tiny_sd3, tiny_sdxl
+from fixtures.pipelines import add_lora, tiny_flux, tiny_pixart, tiny_qwen, tiny_sd3, tiny_sdxl
 
 from diffusers_diffdoctor.rollout import DifferentiableRollout
 from diffusers_diffdoctor.rollout.latents import NotInvertible, measure_latent_map
-from diffusers_diffdoctor.rollout.noise import draw_flow_sigmas
+from diffusers_diffdoctor.rollout.noise import add_noise, draw_flow_sigmas
 from diffusers_diffdoctor.treatment.losses import offline_loss
 
 
@@ -344,6 +344,35 @@ def test_noise_levels_have_the_named_distribution():
     assert uniform.std().item() == pytest.approx(12**-0.5, abs=0.02)
     assert normal.mean().item() == pytest.approx(0, abs=0.08)
     assert normal.std().item() == pytest.approx(1, abs=0.06)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_noise_and_targets_are_those_of_the_scheduler(kind):
+    scheduler = diffusers.DDPMScheduler(prediction_type=kind)
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    noised = add_noise(scheduler, latents, generators([5, 6, 7]), "logit_normal", None)
+    drawn = generators([5, 6, 7])
+    noise = torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in drawn])
+    timesteps = torch.cat([torch.randint(1000, (1,), generator=generator) for generator in drawn])
+    assert torch.equal(noised.timesteps, timesteps) and len(set(timesteps.tolist())) == 3
+    torch.testing.assert_close(noised.latents, scheduler.add_noise(latents, noise, timesteps))
+    velocity = scheduler.get_velocity(latents, noise, timesteps)
+    expected = {"epsilon": noise, "v_prediction": velocity, "sample": latents}[kind]
+    torch.testing.assert_close(noised.target, expected)
+
+
+def test_predictions_come_in_the_order_of_the_prompts():
+    """Those of one length share a call: here the first and the last."""
+    rollout = make(tiny_qwen(), max_sequence_length=512)
+    prompts, seeds = ["a cat", "two dogs", "a dog and a cat", "a dog"], [5, 6, 7, 8]
+    rollout.cache_prompts(prompts, offline=True)
+    assert rollout.prompts.groups(prompts, rollout.training_loss.arguments) == [[0, 3], [1], [2]]
+    images = photos(4)
+    together = rollout(["a cat"], [0], images, prompts, seeds)
+    for i in range(4):
+        alone = rollout(["a cat"], [0], images[i : i + 1], prompts[i : i + 1], seeds[i : i + 1])
+        torch.testing.assert_close(together.prediction[i], alone.prediction[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.target[i], alone.target[0], rtol=1e-4, atol=1e-5)
 
 
 def test_the_rollout_draws_as_it_is_told(flux):
