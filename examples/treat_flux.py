@@ -14,8 +14,12 @@ No GPU, the bundled miniature, some minutes:
 
 import sys
 
-from diffusers_diffdoctor.cli.treat import run
+from diffdoctor import command_module
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], "black-forest-labs/FLUX.1-schnell", "flux_schnell", prog="treat_flux.py"))
+    sys.exit(
+        command_module("treat").run(
+            sys.argv[1:], "black-forest-labs/FLUX.1-schnell", "flux_schnell", prog="treat_flux.py"
+        )
+    )

@@ -8,8 +8,10 @@ One GPU, with photographs to stay close to and a judge that training never sees:
 
 import sys
 
-from diffusers_diffdoctor.cli.treat import run
+from diffdoctor import command_module
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], "Kwai-Kolors/Kolors-diffusers", "kolors", prog="treat_kolors.py"))
+    sys.exit(
+        command_module("treat").run(sys.argv[1:], "Kwai-Kolors/Kolors-diffusers", "kolors", prog="treat_kolors.py")
+    )

@@ -11,8 +11,12 @@ A fine-tuned SDXL:
 
 import sys
 
-from diffusers_diffdoctor.cli.treat import run
+from diffdoctor import command_module
 
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:], "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", prog="treat_sdxl.py"))
+    sys.exit(
+        command_module("treat").run(
+            sys.argv[1:], "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", prog="treat_sdxl.py"
+        )
+    )

@@ -12,6 +12,7 @@ are those of a dataclass.
 import argparse
 import importlib
 import importlib.metadata
+import logging
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -26,9 +27,35 @@ COMMANDS = {
     "miniature": "find, measure or rebuild the parts of the embedded miniature, render its scenes",
 }
 
+# Warnings of other libraries that the user of a command can do nothing about: logger -> words of its message. Whatever else these
+# loggers say is shown, and a program that imports the package sees these too: its author may want to act.
+LEFT_OUT = {
+    # built for other versions of torch and Python, or for GPUs that are not here; only `--quantization` needs torchao
+    "torchao": "Failed to load",
+    "torch.utils._pytree": "is an Enum subclass and is now natively supported",
+    "diffusers.quantizers.torchao.torchao_quantizer": "Unable to import `torchao` Tensor objects",
+    # a faster kernel for 4 bits on a CPU, which no command asks for
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+    # an image processor does the same with Pillow
+    "transformers.utils.import_utils": "requires torchvision (not installed); falling back",
+}
+
+
+class _Without(logging.Filter):
+    def __init__(self, words: str):
+        super().__init__()
+        self.words = words
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.words not in record.getMessage()
+
 
 def command_module(name: str) -> ModuleType:
-    """The module of a command, which imports the package."""
+    """The module of a command, which imports the package, without the warnings of `LEFT_OUT`."""
+    for library, words in LEFT_OUT.items():
+        logger = logging.getLogger(library)
+        if not any(isinstance(present, _Without) for present in logger.filters):
+            logger.addFilter(_Without(words))
     return importlib.import_module(f"diffusers_diffdoctor.cli.{name.replace('-', '_')}")
 
 
@@ -56,7 +83,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 argv, rest = argv[: position + 1], argv[position + 1 :]
     args = parser.parse_args(argv)
     if rest is not None:
-        return module.run(rest)  # shows its own errors: hours later a traceback is needed
+        try:
+            return module.run(rest)  # shows its own errors: hours later a traceback is needed
+        except SystemExit as end:
+            if args.traceback and end.__cause__ is not None:
+                raise end.__cause__ from None
+            raise
     try:
         return module.run(args)
     except (ValueError, TypeError, OSError) as error:  # what our own checks raise; the message is for the user

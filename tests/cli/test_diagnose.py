@@ -152,7 +152,7 @@ def test_other_models_are_refused(images, tmp_path, capsys):
     assert "is not an artifact detector: its model type is 'segformer'" in capsys.readouterr().err
     assert main(command(images, tmp_path / "out", tmp_path / "nothing")) == 1
     error = capsys.readouterr().err
-    assert "is neither a folder with a config.json nor a model" in error and "convert-detector" in error
+    assert "is no folder here, and no id of the Hub either" in error and "convert-detector" in error
     assert not (tmp_path / "out").exists()
 
 

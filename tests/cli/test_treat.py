@@ -175,13 +175,19 @@ def test_the_miniature_trains_evaluates_and_reports_on_its_splits(split, monkeyp
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--prompts no.txt --detector detector", "error: there is no file 'no.txt' to read prompts from"),
-        ("--detector nowhere/", "error: `--detector nowhere/` is neither a folder"),
-        ("--detector detector --judge photos", "error: `--judge photos` is not an artifact detector"),
+        (
+            "--prompts no.txt --detector detector",
+            "error: `--prompts no.txt`: there is no file 'no.txt' to read prompts from",
+        ),
+        ("--detector nowhere/", "error: `--detector nowhere/` is no folder here"),
+        ("--detector detector --judge photos", "error: `--judge photos` is a folder with no config.json"),
         ("--pipeline miniature --split test", "error: `--split` is 'test', but must be final or development"),
         ("--split development", "error: `--split development` is of `--pipeline miniature`"),
         ("--lora_rank 0", "error: `lora_rank` is 0, but must be at least 1"),
-        ("--detector detector --regularization_dataset photos", "error: 'photos' is a folder without data"),
+        (
+            "--detector detector --regularization_dataset photos",
+            "error: `--regularization_dataset photos`: 'photos' is",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_one_line(argv, message, tmp_path, monkeypatch):

@@ -2,9 +2,19 @@
 """`diffdoctor diagnose PATH... --output DIR`: heatmaps, a table and a ranked report of image files."""
 
 import argparse
+from pathlib import Path
+
+from .reach import check_reachable
 
 
 MINIATURE = "miniature"  # `--detector miniature` is the bundled detector of 64-pixel scenes
+# said wherever a detector is missing
+HOW_TO_GET_ONE = (
+    "convert the release of the paper's authors (`diffdoctor convert-detector ad_pytorch_model.bin detector/`) or train one "
+    "(`ArtifactDetectorTrainer`)"
+)
+NO_DEFAULT = f"no detector is published yet, so that there is no default. To get one, {HOW_TO_GET_ONE}."
+LORA_FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 COLUMNS = "{:>5}  {:>10}  {:>7}  {}"
 
 
@@ -17,9 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--detector",
-        default="diffdoctor/detector",
         metavar="NAME",
-        help="Hub id or folder of a detector (default: %(default)s); `miniature` is the bundled one for its scenes",
+        help="Hub id or folder of a detector, which is needed; `miniature` is the bundled one for its scenes",
     )
     parser.add_argument(
         "--threshold",
@@ -49,6 +58,8 @@ def run(args: argparse.Namespace) -> int:
     from ..files import find_images
 
     find_images(args.paths, excluded=[args.output])  # a wrong path is said before a detector is loaded
+    if args.detector is None:
+        raise ValueError(f"`--detector` is missing: {NO_DEFAULT}")
     detector = load_detector(args.detector, args.device)
     try:
         result = diagnose_images(
@@ -95,18 +106,24 @@ def load_detector(name: str, device: str | None = None, argument: str = "--detec
         from ..miniature import load
 
         location = load("detector")
+    if not Path(location).is_dir():
+        check_reachable(name, argument, remedy=f"To get a detector, {HOW_TO_GET_ONE}.")
+    elif not Path(location, "config.json").is_file():
+        loras = [file for file in LORA_FILES if Path(location, file).is_file()]
+        held = f"a LoRA ({loras[0]})" if loras else "no config.json"
+        raise ValueError(f"`{argument} {name}` is a folder with {held}, not an artifact detector: {HOW_TO_GET_ONE}.")
     try:
         config, _ = PreTrainedConfig.get_config_dict(location)
     except OSError as error:
         raise OSError(
-            f"`{argument} {name}` is neither a folder with a config.json nor a model that the Hub gives out. To use "
-            f"the weights of the paper's authors, convert them with `diffdoctor convert-detector`. ({error})"
+            f"`{argument} {name}` is no model that can be read: {' '.join(str(error).split())[:200]} To get a detector, "
+            f"{HOW_TO_GET_ONE}."
         ) from error
     found, expected = config.get("model_type"), ArtifactDetectorConfig.model_type
     if found != expected:
         raise ValueError(
-            f"`{argument} {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. "
-            "Train one, or convert the authors' release with `diffdoctor convert-detector`."
+            f"`{argument} {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. To get one, "
+            f"{HOW_TO_GET_ONE}."
         )
     return ArtifactDetectorForSemanticSegmentation.from_pretrained(location, dtype=torch.float32).to(device).eval()
 

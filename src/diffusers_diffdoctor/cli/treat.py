@@ -34,13 +34,13 @@ from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_su
 from ..treatment import PixelRewardConfig, PixelRewardTrainer
 from ..treatment.adapter import loading_lines
 from ..treatment.config import DTYPES
-from ..treatment.prompt_files import distinct, hold_out, read_prompt_file
-from .diagnose import load_detector
+from ..treatment.prompt_files import FORMATS, distinct, hold_out, read_prompt_file
+from .diagnose import NO_DEFAULT, load_detector
+from .reach import check_reachable
 
 
 RECIPES = Path(__file__).parents[1] / "treatment/recipes"
 PROMPTS = RECIPES / "prompts.txt"
-DETECTOR = "diffdoctor/detector"
 
 
 @dataclass
@@ -52,7 +52,8 @@ class ScriptArguments:
         metadata={"help": "Pipeline to treat; `miniature` is the bundled one, with its own of all that follows."},
     )
     detector: str | None = field(
-        default=None, metadata={"help": f"Artifact detector to train against; {DETECTOR} without it."}
+        default=None,
+        metadata={"help": "Artifact detector to train against; only the miniature brings its own."},
     )
     judge: str | None = field(default=None, metadata={"help": "Second detector, only to judge the result."})
     prompts: str | None = field(
@@ -230,26 +231,58 @@ def read_inputs(script: ScriptArguments, say: Callable[[str], None] = print) -> 
         )
     else:
         inputs = Inputs(script.pipeline)
-    if script.detector is not None or inputs.detector is None:
-        inputs.detector = load_detector(script.detector or DETECTOR, "cpu")
+        if script.detector is None:
+            raise ValueError(f"`--detector` is missing: {NO_DEFAULT}")
+    if script.detector is not None:
+        inputs.detector = load_detector(script.detector, "cpu")
     if script.judge is not None:
         inputs.judge, inputs.judge_error_rates = load_detector(script.judge, "cpu", argument="--judge"), None
     if script.prompts is not None or script.eval_prompts is not None or inputs.prompts is None:
         inputs.prompts, inputs.eval_prompts = read_prompts(script, say)
         inputs.report_prompts, inputs.plain_prompts = None, None
     if script.regularization_dataset is not None:
-        inputs.regularization = read_prompt_file(script.regularization_dataset, script.prompt_column)
+        inputs.regularization = read_rows(
+            script.regularization_dataset, "--regularization_dataset", script.prompt_column
+        )
+    if script.pipeline != "miniature":
+        check_pipeline_is_there(script.pipeline)
     return inputs
+
+
+def check_pipeline_is_there(name: str) -> None:
+    """Said before it is loaded, without the wait and the traceback of the libraries."""
+    if not Path(name).exists():
+        check_reachable(name, "--pipeline", "pipeline")
+    elif not Path(name, "model_index.json").is_file():
+        raise ValueError(
+            f"`--pipeline {name}` has no model_index.json and so is no pipeline of diffusers: name the folder that "
+            "`pipe.save_pretrained(folder)` wrote, or an id of the Hub."
+        )
+
+
+def read_rows(name: str, argument: str, column: str) -> Dataset:
+    """What [`read_prompt_file`] reads; errors name the argument."""
+    if Path(name).suffix.lower() not in FORMATS and not Path(name).exists():
+        check_reachable(name, argument, "dataset")
+    try:
+        return read_prompt_file(name, column)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"`{argument} {name}`: {error}") from error
 
 
 def read_prompts(script: ScriptArguments, say: Callable[[str], None] = print) -> tuple[Dataset, Dataset]:
     """Prompts to train on and prompts to evaluate on."""
-    prompts, duplicates = distinct(read_prompt_file(script.prompts or str(PROMPTS), script.prompt_column))
+    prompts, duplicates = distinct(read_rows(script.prompts or str(PROMPTS), "--prompts", script.prompt_column))
     if duplicates:
         say(f"`--prompts`: {duplicates} rows repeat another's prompt and are left out; {len(prompts)} are left.")
     if script.eval_prompts is None:
+        if len(prompts) == 1:
+            raise ValueError(
+                f"`--prompts {script.prompts}` has a single prompt, of which none can be held out: add prompts, or name others "
+                "to evaluate on with `--eval_prompts`."
+            )
         return hold_out(prompts)
-    held_out = read_prompt_file(script.eval_prompts, script.prompt_column)
+    held_out = read_rows(script.eval_prompts, "--eval_prompts", script.prompt_column)
     known = set(held_out["prompt"]) & set(prompts["prompt"])
     if known:
         say(
@@ -304,17 +337,19 @@ def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = N
     try:
         script, args = parse(argv, pipeline, recipe, prog or "diffdoctor treat")
         inputs = read_inputs(script, say=print if args.process_index == 0 else lambda text: None)
+        trainer = PixelRewardTrainer(
+            pipeline=inputs.pipeline,
+            reward_funcs=inputs.detector,
+            args=args,
+            train_dataset=inputs.prompts,
+            eval_dataset=inputs.eval_prompts,
+            regularization_dataset=inputs.regularization,
+            judge=inputs.judge,
+        )
     except (ValueError, OSError, yaml.YAMLError) as error:  # its message says what to do; a traceback would bury it
-        raise SystemExit(f"error: {error}") from error
-    trainer = PixelRewardTrainer(
-        pipeline=inputs.pipeline,
-        reward_funcs=inputs.detector,
-        args=args,
-        train_dataset=inputs.prompts,
-        eval_dataset=inputs.eval_prompts,
-        regularization_dataset=inputs.regularization,
-        judge=inputs.judge,
-    )
+        raise SystemExit(f"error: {error}") from error  # `diffdoctor --traceback treat` shows where
+    if trainer.is_world_process_zero():
+        print(trainer.plan)
     resume = args.resume_from_checkpoint  # a folder, or "true" for the last whole checkpoint of the output folder
     trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()

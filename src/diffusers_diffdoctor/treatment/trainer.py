@@ -194,7 +194,8 @@ class PixelRewardTrainer(ResumableTrainer):
         if self.regularization is not None:
             self.regularization.latents(self.regularization.row(0))  # a pipeline without offline loss is refused now
         self._start_average()
-        logger.info(self._plan(len(prompts)))
+        self.plan = self._plan(len(prompts))
+        logger.info(self.plan)
 
     # --- setup -------------------------------------------------------------------------------------------------------------
 
@@ -214,10 +215,14 @@ class PixelRewardTrainer(ResumableTrainer):
     def _plan(self, num_prompts: int) -> str:
         args, count = self.args, sum(parameter.numel() for parameter in self.trained_parameters)
         update = args.per_device_train_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
+        # the arguments, which may have named one side only
+        given = {"height": args.height, "width": args.width}
+        default = " and ".join(f"`{name}`" for name, value in given.items() if value is None)
+        why = f" (the pipeline's default of {default}; `resolution` sets both)" if default else ""
         offline = args.offline_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return (
             f"Treatment of {self.base['pipeline'] or 'a loaded pipeline'} ({self.base['pipeline_class']}): {num_prompts} "
-            f"prompts, {update} images of {self.rollout.height}x{self.rollout.width} per update, gradient through the last "
+            f"prompts, {update} images of {self.rollout.height}x{self.rollout.width} pixels{why} per update, gradient through the last "
             f"{self.rollout.gradient_steps} of {args.num_inference_steps} steps, "
             f"{offline if self.regularization is not None else 0} regularization images per update, "
             f"{count:,} trained weights in {len(self.trained_parameters)} tensors."
