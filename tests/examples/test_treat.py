@@ -43,6 +43,10 @@ def assert_whole(folder: Path, steps: int) -> None:
     assert [image["prompt"] for image in report["images"]] == ["prompt number 0", "prompt number 10"] * 2  # held out
     assert [image["seed"] for image in report["images"]] == [1_000_000 + i for i in range(4)]
     assert json.loads((folder / "out/treatment.json").read_text())["step"] == steps
+    card = (folder / "out/README.md").read_text()
+    frequency = report["artifact_frequency"]["judge"]
+    assert f"| artifact frequency, judge | {frequency['before']:.1%} | {frequency['after']:.1%} |" in card
+    assert "(report.png)" in card and "4 images of held-out prompts by the untreated pipeline" in card
     for name in ("pytorch_lora_weights.safetensors", "README.md", "report.html", "report.png", "training_report.html"):
         assert (folder / "out" / name).stat().st_size > 0, name
 
@@ -63,6 +67,7 @@ def test_treat_flux_under_accelerate(folder, monkeypatch):
     assert_whole(folder, steps=2)
     monkeypatch.chdir(folder)
     exec(textwrap.dedent(done.stdout.partition("To use it:\n")[2]), loaded := {})
+    assert loaded["image"].size == (16, 16)
     assert loaded["pipe"].get_active_adapters() and loaded["pipe"].dtype == torch.float32
 
 

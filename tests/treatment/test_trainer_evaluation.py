@@ -6,7 +6,17 @@ import json
 import numpy as np
 import pytest
 import torch
-from fixtures.trainer import HELD_OUT, PROMPTS, assert_same, lora_of, rows, tiny_detector, tiny_trainer, trained_names
+from fixtures.pipelines import tiny_flux
+from fixtures.trainer import (
+    HELD_OUT,
+    PROMPTS,
+    assert_same,
+    lora_of,
+    rows,
+    tiny_detector,
+    tiny_trainer,
+    trained_names,
+)
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -261,3 +271,56 @@ def test_generate_takes_the_lora_away_and_brings_it_back(tmp_path):
     assert torch.equal(trainer.generate(PROMPTS[:2], [0, 1], treated=False), untouched)
     assert torch.equal(trainer.generate(PROMPTS[:2], [0, 1]), treated)
     assert trained_names(trainer) == trained and len(trained) == len(lora_of(trainer))
+
+
+def test_a_card_of_ones_own_reward_names_no_detector_and_no_loss_that_was_left_out(tmp_path):
+    def redness(images, prompts):
+        return images[:, 0].mean(dim=(1, 2))
+
+    trainer = tiny_trainer(tmp_path, parts={"reward_funcs": redness, "regularization_dataset": None}, max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "without an artifact detector" in card and "detector looked" not in card and "1 x redness" in card
+    assert "offline_weight" not in card and "| `offline loss` | left out |" in card and "pixel_threshold" not in card
+    trainer = tiny_trainer(tmp_path / "with", max_steps=1)
+    trainer.train()
+    trainer.save_model()
+    card = (tmp_path / "with/README.md").read_text()
+    assert "an artifact detector looked" in card and f"| `offline_weight` | {trainer.args.offline_weight} |" in card
+
+
+def test_a_cards_code_draws_what_the_trainer_draws(tmp_path):
+    """Run as it stands, but for the LoRA's place: size, steps and guidance are those of the training."""
+    pipeline = tiny_flux()
+    pipeline.save_pretrained(tmp_path / "base")
+    trainer = tiny_trainer(tmp_path / "out", str(tmp_path / "base"), learning_rate=0.3, num_inference_steps=3)
+    trainer.train()
+    trainer.save_model()
+    code = (tmp_path / "out/README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    assert "height=16, width=16, num_inference_steps=3" in code
+    exec(code.replace("your-name/out", str(tmp_path / "out")), drawn := {})
+    assert drawn["image"].size == (16, 16)
+    generator = torch.Generator().manual_seed(5)
+    line = code.strip().splitlines()[-1].replace(").images[0]", ", generator=generator, output_type='pt').images[0]")
+    exec(line, drawn | {"generator": generator}, again := {})
+    assert (again["image"] - trainer.generate([PROMPTS[0]], [5])[0]).abs().max() < 1e-3
+
+
+def test_without_step_0_no_figure_stands_beside_the_last(tmp_path):
+    trainer = tiny_trainer(tmp_path, parts={"eval_dataset": rows(HELD_OUT)}, max_steps=1)
+    trainer.train()
+    trainer.evaluate()
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    assert "| figure | step 1 |" in card and "step 0" not in card
+    assert all(
+        line.count("|") == 3 for line in card.partition("## Figures")[2].splitlines()[:12] if line.startswith("|")
+    )
+
+
+def test_the_plan_says_where_the_size_comes_from(tmp_path):
+    assert "16x16 pixels per update" in tiny_trainer(tmp_path).plan
+    plan = tiny_trainer(tmp_path, resolution=None, height=16).plan
+    size = tiny_flux().default_sample_size * tiny_flux().vae_scale_factor
+    assert f"16x{size} pixels (the pipeline's default of `width`; `resolution` sets both) per update" in plan

@@ -34,6 +34,7 @@ from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_su
 from ..treatment import PixelRewardConfig, PixelRewardTrainer
 from ..treatment.adapter import loading_lines
 from ..treatment.config import DTYPES
+from ..treatment.model_card import example_call
 from ..treatment.prompt_files import FORMATS, distinct, hold_out, read_prompt_file
 from .diagnose import NO_DEFAULT, load_detector
 from .reach import check_reachable
@@ -374,6 +375,8 @@ def report(trainer: PixelRewardTrainer, inputs: Inputs, count: int, seed: int) -
     prompts = inputs.eval_prompts if inputs.report_prompts is None else inputs.report_prompts
     results = judge_prompts(trainer, inputs, prompts, count, seed, output_dir, "Treatment", plain.get("categories"))
     print_summary(results)
+    trainer.final_report = results
+    trainer.create_model_card()
 
 
 def judge_prompts(
@@ -405,16 +408,18 @@ def judge_prompts(
         batch_size=args.per_device_eval_batch_size,
     )
     figures["categories"] |= other_categories or {}
+    loading = loading_lines(
+        trainer.pipeline,
+        trainer.rollout.denoiser_name,
+        base=inputs.pipeline,
+        lora=args.output_dir,
+        dtype=DTYPES[args.pipeline_dtype],
+    )
+    size = (trainer.rollout.height, trainer.rollout.width)
     treatment = TreatmentRun(
         lora_dir=args.output_dir,
         base_model=inputs.pipeline,
-        loading_code=loading_lines(
-            trainer.pipeline,
-            trainer.rollout.denoiser_name,
-            base=inputs.pipeline,
-            lora=args.output_dir,
-            dtype=DTYPES[args.pipeline_dtype],
-        ),
+        loading_code=f"{loading}\n{example_call(trainer.pipeline, args, size, prompts[0])}",
         judge_error_rates=inputs.judge_error_rates,
         training_log=trainer.state.log_history,
     )

@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """The page that a treated LoRA shows on the Hub, and the way there."""
 
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +30,7 @@ RECIPE = (
     "pixel_threshold",
     "pixel_weight",
     "offline_weight",
+    "drift_weight",
     "learning_rate",
     "lr_scheduler_type",
     "optim",
@@ -52,10 +55,14 @@ class Treatment:
         size: height and width of its images in pixels.
         adapter: the LoRA's configuration.
         rewards: name -> weight.
+        detector: whether an artifact detector is among the rewards.
+        offline: whether there was an offline loss.
         prompts: those it was trained on.
         step: updates of the LoRA that lies beside the card.
         log_history: the run's log, of which the figures of step 0 and of `step` are shown.
         images: the same prompts and seeds without that LoRA and with it; may be empty.
+        report: contents of the report.json beside the card, see [`~diffusers_diffdoctor.evaluation.render`]; its figures and
+            its picture are shown instead of those of the log.
     """
 
     args: PixelRewardConfig
@@ -64,10 +71,13 @@ class Treatment:
     size: tuple[int, int]
     adapter: PeftConfig
     rewards: dict[str, float]
+    detector: bool
+    offline: bool
     prompts: list[str]
     step: int
     log_history: list[dict[str, Any]]
     images: tuple[list[Sample], list[Sample]]
+    report: Mapping[str, Any] | None = None
 
 
 def write_model_card(
@@ -91,7 +101,7 @@ def write_model_card(
         **metadata: further entries of the card's data; None is left out.
     """
     args, base, adapter = treatment.args, treatment.base, treatment.adapter
-    images = _save_images(folder, *treatment.images)
+    images = _save_images(folder, *treatment.images) if treatment.report is None else []
     prompts = [image["prompt"] for image in images] or list(dict.fromkeys(treatment.prompts))
     widget = [{"text": image["prompt"], "output": {"url": image["after"]}} for image in images]
     data = ModelCardData(
@@ -103,13 +113,18 @@ def write_model_card(
         widget=widget or [{"text": prompt} for prompt in prompts[:3]],
         **{key: value for key, value in metadata.items() if value is not None},
     )
-    recipe = [(name, getattr(value := getattr(args, name), "value", value)) for name in RECIPE]
+    unused = () if treatment.offline else ("offline_weight",)
+    unused += () if treatment.detector else ("pixel_selection", "pixel_threshold")
+    recipe = [(name, getattr(value := getattr(args, name), "value", value)) for name in RECIPE if name not in unused]
+    recipe += [] if treatment.offline else [("offline loss", "left out")]
     recipe += [("height x width", f"{treatment.size[0]} x {treatment.size[1]} pixels")]
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else sorted(adapter.target_modules)
     recipe += [("LoRA", f"rank {adapter.r}, alpha {adapter.lora_alpha}, on {targets}")]
     recipe += [("rewards", ", ".join(f"{weight:g} x {name}" for name, weight in treatment.rewards.items()))]
     recipe += [("updates", treatment.step), ("processes", args.world_size)]
-    first, last, figures = _first_and_last(treatment.log_history, treatment.step)
+    first, last, figures = (None, None, [])
+    if treatment.report is None:
+        first, last, figures = _first_and_last(treatment.log_history, treatment.step)
     card = ModelCard.from_template(
         data,
         template_path=str(Path(__file__).with_name("model_card_template.md")),
@@ -123,8 +138,12 @@ def write_model_card(
             dtype=getattr(torch, base["dtype"]),
         ),
         weaker=scaling_call(treatment.pipeline, base["denoiser"], 0.7),
-        example_prompt=repr(prompts[0]),
+        example=example_call(treatment.pipeline, args, treatment.size, prompts[0]),
+        detector=treatment.detector,
         images=images,
+        report=treatment.report,
+        report_figures=[] if treatment.report is None else _report_figures(treatment.report),
+        judged=any("judge" in figure["name"] for figure in figures),
         figures=figures,
         first=first,
         last=last,
@@ -136,6 +155,31 @@ def write_model_card(
         paper_title=paper["title"],
     )
     card.save(folder / "README.md")
+
+
+def example_call(pipeline: DiffusionPipeline, args: PixelRewardConfig, size: tuple[int, int], prompt: str) -> str:
+    """The line of Python that draws as the LoRA was trained: its size, steps and guidance, where the pipeline takes them."""
+    accepted = inspect.signature(pipeline.__call__).parameters
+    settings = {
+        "height": size[0],
+        "width": size[1],
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
+        "max_sequence_length": args.max_sequence_length,
+    }
+    given = [f"{name}={value}" for name, value in settings.items() if value is not None and name in accepted]
+    return f"image = pipe({', '.join([repr(prompt), *given])}).images[0]"
+
+
+def _report_figures(report: Mapping[str, Any]) -> list[dict[str, str]]:
+    rows = [
+        {"name": f"artifact frequency, {name}", "before": f"{x['before']:.1%}", "after": f"{x['after']:.1%}"}
+        for name, x in report["artifact_frequency"].items()
+    ]
+    fidelity = report["fidelity"]
+    if fidelity["before"] is not None:
+        rows.append({"name": fidelity["name"], **{side: f"{fidelity[side]:.2f}" for side in ("before", "after")}})
+    return rows
 
 
 def _save_images(folder: Path, before: list[Sample], after: list[Sample]) -> list[dict[str, str]]:
@@ -152,20 +196,21 @@ def _save_images(folder: Path, before: list[Sample], after: list[Sample]) -> lis
 def _first_and_last(
     log_history: list[dict[str, Any]], step: int
 ) -> tuple[int | None, int | None, list[dict[str, str]]]:
-    """The first evaluation and the last one up to `step`: their steps, and a row for each figure that both have."""
+    """The evaluation of step 0, which is of the untreated pipeline, and the last one up to `step`: their steps, and a row for
+    each figure. Where step 0 was not evaluated there is nothing to compare with: its step is None, and its figures are empty."""
     evaluations = [entry for entry in log_history if any(_figure(key) for key in entry) and entry["step"] <= step]
     if not evaluations:
         return None, None, []
     # a step's entries are several where there are several sets of held-out prompts, or where it was evaluated again
-    first, last = evaluations[0]["step"], evaluations[-1]["step"]
+    first, last = 0 if evaluations[0]["step"] == 0 else None, evaluations[-1]["step"]
     start = {key: value for entry in reversed(evaluations) if entry["step"] == first for key, value in entry.items()}
     end = {key: value for entry in evaluations if entry["step"] == last for key, value in entry.items()}
-    names = sorted((key for key in end if _figure(key) and key in start), key=_figure)
-    return (
-        first,
-        last,
-        [{"name": _label(key), "first": f"{start[key]:.4g}", "last": f"{end[key]:.4g}"} for key in names],
-    )
+    names = sorted((key for key in end if _figure(key) and (first is None or key in start)), key=_figure)
+    rows = [
+        {"name": _label(key), "first": f"{start[key]:.4g}" if key in start else "", "last": f"{end[key]:.4g}"}
+        for key in names
+    ]
+    return first, last, rows
 
 
 def _figure(key: str) -> tuple[str, bool, int] | None:

@@ -165,6 +165,8 @@ class PixelRewardTrainer(ResumableTrainer):
             offline = self.regularization.prompts if self.regularization is not None else []
             encode_prompts(self.rollout, args, [prompt for part in known for prompt in part], offline)
 
+        self.final_report: dict[str, Any] | None = None  # of the LoRA as it is, for its card; the caller's to set
+
         self._metrics = defaultdict(list)
         self._samples: list[tuple[str, int]] = []  # prompts and seeds since the last update, to name in an error
 
@@ -527,10 +529,13 @@ class PixelRewardTrainer(ResumableTrainer):
                 size=(self.rollout.height, self.rollout.width),
                 adapter=self.peft_config,
                 rewards=dict(zip(self.reward.names, self.reward.weights)),
+                detector=any(hasattr(part, "detector") for part in self.reward.rewards),
+                offline=self.regularization is not None,
                 prompts=[row["prompt"] for row in self.train_dataset],
                 step=self.lora_step,
                 log_history=self.state.log_history,
-                images=self._shown(),
+                images=self._shown() if self.final_report is None else ([], []),
+                report=self.final_report,
             )
             write_model_card(
                 folder,
@@ -577,6 +582,7 @@ class _AfterStep(TrainerCallback):
         self.looked_at_gradients = False
 
     def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.final_report = None
         self.trainer._settle_state()
         if state.global_step == 0 and args.eval_strategy != "no" and not args.eval_on_start:
             self.trainer._measure_untreated()
