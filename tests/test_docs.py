@@ -86,13 +86,22 @@ def test_snippets_call_our_code_with_arguments_that_exist(page):
                 assert {keyword.arg for keyword in call.keywords} <= set(accepted), call.func.id
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=lambda page: page.stem)
+WITH_COMMANDS = [*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "examples/README.md"]
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=lambda page: f"{page.parent.name}-{page.stem}")
 def test_commands_exist_and_take_these_arguments(page):
     """Lines of shell blocks that call `diffdoctor` are parsed by the command's own parser; make targets are looked up."""
     text = page.read_text("utf-8")
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) + re.findall(r"^    \w.*$", text, re.M)
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S) + re.findall(r"^    \s*\S.*$", text, re.M)
     lines = [line.split("#")[0].strip() for line in "\n".join(blocks).replace("\\\n", " ").splitlines()]
     for line in lines:
+        # the same arguments, whatever starts the processes
+        line = re.sub(
+            r"^(accelerate launch|python) .*?(-m diffusers_diffdoctor\.cli\.treat|examples/treat_\w+\.py)",
+            "diffdoctor treat",
+            line,
+        )
         if line.startswith("diffdoctor ") and "--help" not in line:
             _, command, *arguments = shlex.split(line)
             module = command_module(command)
