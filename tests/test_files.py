@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from diffusers_diffdoctor.files import digest, find_images, write_atomically, written_atomically
+from diffusers_diffdoctor.files import NO_IMAGE_NAME, digest, find_images, write_atomically, written_atomically
 from diffusers_diffdoctor.seeds import derive_seed
 
 
@@ -61,7 +61,8 @@ def test_excluded_folders_are_not_searched(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
     found = find_images([tmp_path], excluded=[tmp_path / "out"])
-    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.png", "b.TIF", "deep/out/d.jpg"]
+    assert [str(path.relative_to(tmp_path)) for path in found.images] == ["a.png", "b.TIF", "deep/out/d.jpg"]
+    assert found.skipped == [(tmp_path / "note.txt", NO_IMAGE_NAME)] and len(found) == 4
 
 
 def test_seeds_are_frozen_and_spread():

@@ -1,49 +1,264 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Files: find images, write whole or not at all, tell contents apart."""
+"""Files: find images, read without waiting, write whole or not at all, tell contents apart."""
 
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+import stat
+from collections import Counter, deque
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+# --- finding images ------------------------------------------------------------------------------------------------------------
+
+IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff")
+# Names of images that are not read: people look for these among what was, so they are told apart from other files.
+UNREAD_SUFFIXES = (
+    *(
+        ".gif",
+        ".heic",
+        ".heif",
+        ".hif",
+        ".avif",
+        ".jxl",
+        ".jp2",
+        ".j2k",
+        ".jpx",
+        ".jpf",
+        ".svg",
+        ".svgz",
+        ".psd",
+        ".psb",
+    ),
+    *(".xcf", ".kra", ".eps", ".ico", ".cur", ".icns", ".dib", ".tga", ".pcx", ".sgi", ".ppm", ".pgm", ".pbm", ".pnm"),
+    *(".pam", ".pfm", ".qoi", ".exr", ".hdr", ".dds", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf"),
+)
+
+NO_IMAGE_NAME = "name that is no image's"
+SEARCHED_ALREADY = "folder that is searched already, under another name"
+SPECIAL_FILES = {
+    stat.S_IFIFO: "named pipe",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+    stat.S_IFDIR: "folder",
+}
 
 
-def find_images(paths: Sequence[str | os.PathLike], excluded: Iterable[str | os.PathLike] = ()) -> list[Path]:
-    """Files as given, and the images of folders at any depth in order of name: absolute paths, each once.
+class Skipped(NamedTuple):
+    """A path that a search left out by rule, and the rule: a noun that can be counted."""
+
+    path: Path
+    reason: str
+
+    @property
+    def may_hide_images(self) -> bool:
+        """An image, or what could be or hold one: all but other files' names and folders that were searched anyway."""
+        return self.reason not in (NO_IMAGE_NAME, SEARCHED_ALREADY)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came upon. Each path is in one of the two: `images` are to be read, `skipped` are not, by rule."""
+
+    images: list[Path]
+    skipped: list[Skipped]
+
+    def __len__(self) -> int:
+        return len(self.images) + len(self.skipped)
+
+    def reasons(self) -> dict[str, int]:
+        """How often each rule was applied, the most frequent first."""
+        return dict(Counter(reason for _, reason in self.skipped).most_common())
+
+
+def find_images(paths: Sequence[str | os.PathLike], excluded: Iterable[str | os.PathLike] = ()) -> Found:
+    """Files as given, and the images of folders at any depth: absolute paths, each once, always in the same order.
+
+    Within a folder the order is that of names, files before folders. Folders that are links are followed after all others, so
+    that each folder is searched once, under its own name where it has one here: loops of links end. Nothing is opened but
+    folders; an image that turns out to be unreadable, a link that leads nowhere say, is for the reader to count.
+
+    Skipped are, in folders: files whose name does not end in one of `IMAGE_SUFFIXES`; and anywhere: pipes, sockets, devices,
+    folders that cannot be opened or that are searched already, and links without an image's name that cannot be followed.
 
     Args:
         paths: files (taken whatever their name) and folders.
-        excluded: folders that are not searched, such as the one that results are written to.
+        excluded: files and folders that are passed over without being counted, such as the one that results are written to.
 
     Raises:
         ValueError: `paths` is empty or has no image in it.
-        FileNotFoundError: a path does not exist.
+        OSError: a path does not exist, or cannot be asked for.
     """
     if not paths:
         raise ValueError("No path was given: name image files or folders.")
-    excluded = {Path(os.path.abspath(folder)) for folder in excluded}
-    found: dict[Path, None] = {}  # a set that keeps the order
+    search = _Search(excluded)
     for path in paths:
-        path = Path(os.path.abspath(path))
-        if path.is_dir():
-            for folder, folders, names in os.walk(path):
-                folders[:] = sorted(name for name in folders if Path(folder, name) not in excluded)
-                images = sorted(name for name in names if name.lower().endswith(IMAGE_SUFFIXES))
-                found.update((Path(folder, name), None) for name in images)
-        elif path.is_file():
-            found[path] = None
-        else:
-            raise FileNotFoundError(f"{path} is neither a file nor a folder.")
-    if not found:
+        search.named(_absolute(path))
+    search.follow_links()
+    found = Found(
+        list(search.images), [Skipped(*item) for item in search.skipped.items() if item[0] not in search.images]
+    )
+    if not found.images:
+        skipped = f" Skipped: {listed(found.reasons())}." if found.skipped else ""
         raise ValueError(
             f"No image found in {', '.join(map(str, paths))}: looked for files that end in "
-            f"{', '.join(IMAGE_SUFFIXES)}."
+            f"{', '.join(IMAGE_SUFFIXES)}.{skipped}"
         )
-    return list(found)
+    return found
+
+
+def _absolute(path: str | os.PathLike) -> Path:
+    """The absolute path without `..`, as it was named; with links resolved only where `..` follows one."""
+    plain = os.path.abspath(path)
+    try:
+        as_meant = os.path.samefile(plain, path)
+    except OSError:  # at least one of them does not exist
+        as_meant = not os.path.exists(path)
+    return Path(plain if as_meant else os.path.realpath(path))
+
+
+class _Search:
+    """The state of one [`find_images`]."""
+
+    def __init__(self, excluded: Iterable[str | os.PathLike]):
+        self.images: dict[Path, None] = {}  # a set that keeps the order
+        self.skipped: dict[Path, str] = {}
+        self.linked: deque[Path] = deque()
+        self.excluded = {_absolute(path) for path in excluded}
+        self.excluded_folders = {_identity(path) for path in self.excluded if path.is_dir()}
+        self.searched: dict[Hashable, Path] = {}
+
+    def named(self, path: Path) -> None:
+        """A path that the user named."""
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            raise FileNotFoundError(f"{path} is neither a file nor a folder.") from None
+        try:
+            mode = os.stat(path).st_mode
+        except OSError:
+            self.images[path] = None  # a link that leads nowhere
+            return
+        if stat.S_ISDIR(mode):
+            self.folder(path)
+        elif stat.S_ISREG(mode):
+            self.images[path] = None
+        else:
+            self.skipped[path] = _special(mode)
+
+    def folder(self, top: Path) -> None:
+        """All images in a folder and in the real folders in it."""
+        todo = [top]
+        while todo:
+            folder = todo.pop()
+            try:
+                identity = _identity(folder)
+                if identity in self.searched:
+                    if self.searched[identity] != folder:
+                        self.skipped[folder] = SEARCHED_ALREADY
+                    continue
+                self.searched[identity] = folder
+                with os.scandir(folder) as entries:
+                    entries = sorted(entries, key=lambda entry: entry.name)
+            except OSError as error:
+                self.skipped[folder] = f"folder that cannot be opened ({error.strerror})"
+                continue
+            inner = [Path(entry.path) for entry in entries if self.entry(entry)]
+            todo += reversed(inner)
+
+    def entry(self, entry: os.DirEntry) -> bool:
+        """Sort in what a folder holds; returns whether it is a real folder, to be searched in its turn."""
+        path, name = Path(entry.path), entry.name.lower()
+        if path in self.excluded:
+            return False
+        try:
+            if entry.is_dir(follow_symlinks=False):
+                return not self.is_excluded(path)
+            # asks the disk for links and special files only
+            mode = stat.S_IFREG if entry.is_file(follow_symlinks=False) else os.stat(path).st_mode
+        except OSError as error:
+            if name.endswith(IMAGE_SUFFIXES):
+                self.images[path] = None
+            else:
+                self.skipped[path] = f"link that cannot be followed ({error.strerror})"
+            return False
+        if stat.S_ISDIR(mode):
+            if not self.is_excluded(path):
+                self.linked.append(path)
+        elif not stat.S_ISREG(mode):
+            self.skipped[path] = _special(mode)
+        elif name.endswith(IMAGE_SUFFIXES):
+            self.images[path] = None
+        elif name.endswith(UNREAD_SUFFIXES):
+            self.skipped[path] = f"format that is not read ({os.path.splitext(name)[1]})"
+        else:
+            self.skipped[path] = NO_IMAGE_NAME
+        return False
+
+    def is_excluded(self, folder: Path) -> bool:
+        try:
+            return bool(self.excluded_folders) and _identity(folder) in self.excluded_folders
+        except OSError:  # locked or gone: counted when it cannot be opened
+            return False
+
+    def follow_links(self) -> None:
+        while self.linked:
+            self.folder(self.linked.popleft())
+
+
+def _identity(path: Path) -> Hashable:
+    """The same for all names of a folder."""
+    status = os.stat(path)
+    return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)  # some file systems number none
+
+
+def _special(mode: int) -> str:
+    return SPECIAL_FILES.get(stat.S_IFMT(mode), "special file")
+
+
+def listed(reasons: dict[str, int]) -> str:
+    """Reasons and how often they were met, in one line: "named pipe: 2, device: 1"."""
+    return ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+
+
+# --- reading and writing -------------------------------------------------------------------------------------------------------
+
+
+def read_regular_file(path: str | os.PathLike, most_bytes: int | None = None) -> bytes:
+    """The content of a file. Never waits for a writer: what is no regular file is refused without being opened.
+
+    Raises:
+        ValueError: the path is a folder, a pipe, a socket or a device, or the file is larger than `most_bytes`.
+        OSError: the file does not exist, cannot be read, or lost a part while it was read.
+    """
+    name = repr(os.fspath(path))
+    _refuse_special(name, os.stat(path).st_mode)
+    with open(path, "rb", opener=_not_waiting) as file:
+        status = os.fstat(file.fileno())
+        _refuse_special(name, status.st_mode)
+        if most_bytes is not None and status.st_size > most_bytes:
+            raise ValueError(
+                f"{name} is too large to be opened safely: {status.st_size} bytes, the limit is {most_bytes}."
+            )
+        content = file.read(status.st_size)
+    if len(content) < status.st_size:
+        raise OSError(f"{name} became shorter while it was read: {len(content)} of {status.st_size} bytes.")
+    return content
+
+
+def _not_waiting(path: str, flags: int) -> int:
+    """A pipe may take the file's place after one has looked: opening it must not wait for its writer."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _refuse_special(name: str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise ValueError(f"{name} is a {_special(mode)}, not a file.")
 
 
 @contextmanager
@@ -55,7 +270,7 @@ def written_atomically(path: str | os.PathLike) -> Iterator[Path]:
     the place of an empty one only. One writer at a time.
     """
     path = Path(path)
-    workspace = path.with_name(f".{path.name}.unfinished")
+    workspace = unfinished_at(path)
     shutil.rmtree(workspace, ignore_errors=True)  # of a writer that was killed
     workspace.mkdir()
     try:
@@ -66,6 +281,11 @@ def written_atomically(path: str | os.PathLike) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         shutil.rmtree(workspace, ignore_errors=True)
+
+
+def unfinished_at(path: Path) -> Path:
+    """The folder in which [`written_atomically`] works; one that is left is of a writer that was killed."""
+    return path.with_name(f".{path.name}.unfinished")
 
 
 def write_atomically(path: str | os.PathLike, content: str | bytes) -> Path:

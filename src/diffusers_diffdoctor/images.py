@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """The one reader of images, so that a picture is the same pixels wherever it goes in: diagnosis, training, treatment."""
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,8 +11,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from .files import read_regular_file
+
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")  # the fewer decoders a stranger's file can reach, the better
+MOST_SCANS = 100  # of a JPEG: each goes over all pixels, and a few bytes are enough for one. Encoders write about ten
+ORIENTATION, TILE_WIDTH, TILE_LENGTH = 274, 322, 323  # tags of EXIF and TIFF
+
 RANGE_TOLERANCE = 1e-3  # by which floats may leave [0, 1]: rounding, not another range
 
 __all__ = ["read_artifact_map", "read_image", "to_image_tensor"]
@@ -113,18 +119,15 @@ def _is_file(source: Any) -> bool:
 def _opened(source: str | os.PathLike | BinaryIO | Image.Image) -> Iterator[Image.Image]:
     """The PIL image of a file, or the one given; what Pillow says of bad files is said in our words."""
     path = source if isinstance(source, (str, os.PathLike)) else getattr(source, "name", None)
-    name = "The image" if path is None else repr(os.fspath(path))
+    name = repr(os.fspath(path)) if isinstance(path, (str, os.PathLike)) else "The image"
+    content = b"" if isinstance(source, Image.Image) else _content(source)
     try:
         with (
             nullcontext(source)
             if isinstance(source, Image.Image)
-            else Image.open(source, formats=IMAGE_FORMATS) as image
+            else Image.open(io.BytesIO(content), formats=IMAGE_FORMATS) as image
         ):
-            # Pillow itself only warns up to twice as many.
-            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError(
-                    f"its {image.width} x {image.height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS}."
-                )
+            _refuse_bombs(image, content)
             image.load()
             yield image
     except Image.UnidentifiedImageError as error:
@@ -135,8 +138,37 @@ def _opened(source: str | os.PathLike | BinaryIO | Image.Image) -> Iterator[Imag
         raise ValueError(f"{name} is broken: {error}") from error
 
 
+def _content(source: str | os.PathLike | BinaryIO) -> bytes:
+    """All bytes of a file, so that no decoder waits for it, maps it into memory or sees it change."""
+    if isinstance(source, (str, os.PathLike)):
+        # 8 bytes a pixel are as many as an image that is small enough can need (RGBA of 16 bits, not compressed), beside what
+        # is said about it.
+        most = None if Image.MAX_IMAGE_PIXELS is None else 8 * Image.MAX_IMAGE_PIXELS + 2**26
+        return read_regular_file(source, most)
+    if hasattr(source, "seekable") and source.seekable():
+        source.seek(0)
+    return source.read()
+
+
+def _refuse_bombs(image: Image.Image, content: bytes) -> None:
+    """Refuse what would take more memory or time than an image of `PIL.Image.MAX_IMAGE_PIXELS` pixels."""
+    sizes = [image.size]
+    if image.format == "TIFF" and TILE_WIDTH in image.tag_v2:  # tiles are unpacked whole, however small the image is
+        sizes.append((image.tag_v2[TILE_WIDTH], image.tag_v2[TILE_LENGTH]))
+    for width, height in sizes:
+        # Pillow itself only warns up to twice as many.
+        if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+            raise Image.DecompressionBombError(
+                f"its {width} x {height} pixels are more than the limit of {Image.MAX_IMAGE_PIXELS}."
+            )
+    scans = content.count(b"\xff\xda") if content.startswith(b"\xff\xd8") else 0
+    if scans > MOST_SCANS:
+        raise Image.DecompressionBombError(f"its {scans} scans are more than the limit of {MOST_SCANS}.")
+
+
 def _as_seen(image: Image.Image) -> Image.Image:
-    image = ImageOps.exif_transpose(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I;16"):
         array = np.asarray(image)
         clear = array == image.info.get("transparency", -1)  # tRNS of a gray image names one level

@@ -78,7 +78,7 @@ def test_what_the_model_says_is_what_is_written(images, tmp_path, detector, caps
     cleanest = sorted(worst, key=worst.get)[:2]
     assert [os.path.basename(row["path"]) for row in rows(tmp_path / "out/best.jsonl")] == cleanest
     printed = capsys.readouterr().out
-    assert "8 files = 7 diagnosed + 1 quarantined" in printed
+    assert "8 found = 7 diagnosed + 1 quarantined + 0 skipped\n" in printed
     assert printed.index(cleanest[0]) < printed.index(cleanest[1]) < printed.index("report.html")
 
 

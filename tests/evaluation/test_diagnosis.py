@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from diffusers_diffdoctor.evaluation import diagnose_images
-from diffusers_diffdoctor.files import find_images
+from diffusers_diffdoctor.files import SEARCHED_ALREADY, find_images
 
 
 class RedDetector(torch.nn.Module):
@@ -69,7 +69,8 @@ def diagnose(folder, output, detector=None, **options):
 
 def test_rows_in_are_rows_out_and_quarantined(folder, tmp_path):
     result = diagnose(folder, tmp_path / "out")
-    assert (result["images"], result["diagnosed"], result["quarantined"]) == (9, 6, 3)
+    counts = [result[name] for name in ("found", "diagnosed", "quarantined", "skipped", "unread")]
+    assert counts == [10, 6, 3, 1, 3]
     table = {os.path.basename(row["path"])[0]: row for row in rows(tmp_path / "out/diagnosis.jsonl")}
     assert {name: row["max_confidence"] for name, row in table.items()} == {
         name: pytest.approx(red / 255, abs=1e-5) for name, red in REDS.items()
@@ -86,6 +87,9 @@ def test_rows_in_are_rows_out_and_quarantined(folder, tmp_path):
     bad = rows(tmp_path / "out/quarantine.jsonl")
     assert [os.path.basename(row["path"]) for row in bad] == ["cut.png", "empty.png", "text.jpg"]
     assert all(row["reason"] for row in bad)
+    (skipped,) = rows(tmp_path / "out/skipped.jsonl")
+    assert skipped == {"path": str(folder / "readme.txt"), "reason": "name that is no image's"}
+    assert result["skipped_reasons"] == {skipped["reason"]: 1}
     assert not [name for name in os.listdir(tmp_path / "out") if "unfinished" in name]
 
 
@@ -119,7 +123,7 @@ def test_an_image_that_the_detector_refuses_is_set_aside(folder, tmp_path):
     save(folder / "strip1.png", 9, size=(40, 8))
     save(folder / "strip2.png", 9, size=(40, 8))
     result = diagnose(folder, tmp_path / "out", Picky(), batch_size=2)
-    assert (result["images"], result["diagnosed"], result["quarantined"]) == (11, 6, 5)
+    assert (result["found"], result["diagnosed"], result["quarantined"]) == (12, 6, 5)
     bad = {os.path.basename(row["path"]): row["reason"] for row in rows(tmp_path / "out/quarantine.jsonl")}
     assert bad["strip1.png"] == bad["strip2.png"] == "ValueError: one side is too long"
 
@@ -149,7 +153,7 @@ def test_batches_that_do_not_fit_into_memory_are_halved(folder, tmp_path):
     detector = Small()
     result = diagnose(folder, tmp_path / "out", detector, batch_size=4)
     assert detector.shapes == [(1, 3, 16, 16)] * 4
-    assert (result["images"], result["diagnosed"], result["quarantined"]) == (9, 4, 5)
+    assert (result["found"], result["diagnosed"], result["quarantined"]) == (10, 4, 5)
     bad = {os.path.basename(row["path"]): row["reason"] for row in rows(tmp_path / "out/quarantine.jsonl")}
     assert bad["e.png"] == bad["f.png"] == "OutOfMemoryError: CUDA out of memory"
     result = diagnose(folder, tmp_path / "out")  # elsewhere there is room: tried again, and the others kept
@@ -220,16 +224,22 @@ def test_report_is_ranked_and_self_contained(folder, tmp_path):
 def test_its_own_output_is_not_searched(folder):
     first = diagnose(folder, folder / "out")
     again = diagnose(folder, folder / "out")
-    assert first["images"] == again["images"] == 9
-    assert (
-        diagnose(folder, folder)["images"] == 9 + 6 == diagnose(folder, folder)["images"]
-    )  # and out/ is a folder like any
+    assert first["found"] == again["found"] == 10
+    # where it is searched itself, what it writes there is passed over; and out/ is then a folder like any
+    first, again = diagnose(folder, folder), diagnose(folder, folder)
+    assert first["found"] == again["found"] == 10 + len(os.listdir(folder / "out")) - 1 + 6
+    assert first["diagnosed"] == again["diagnosed"] == again["resumed"] == 6 + 6
+    os.symlink(folder, folder / "loop")
+    os.symlink(folder / "out", folder / "other name")
+    looped = diagnose(folder, folder / "out")
+    assert looped["found"] - 1 == 10 + 12 + 5 and looped["skipped_reasons"][SEARCHED_ALREADY] == 1
 
 
 def test_a_file_counts_once(folder):
-    files = find_images([folder, folder / "a.png", folder / "deep/../a.png", folder / "readme.txt"])
-    assert len(files) == 10  # a file that is named is taken whatever its name
-    assert len(set(files)) == 10
+    found = find_images([folder, folder / "a.png", folder / "deep/../a.png", folder / "deep", folder / "readme.txt"])
+    assert (
+        len(found.images) == len(set(found.images)) == 10 == len(found)
+    )  # a file that is named is taken whatever its name
 
 
 def test_names_that_are_not_unicode(tmp_path):

@@ -2,6 +2,7 @@
 """`diffdoctor diagnose PATH... --output DIR`: heatmaps, a table and a ranked report of image files."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from .reach import check_reachable
@@ -50,14 +51,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=None, help="such as cpu, cuda, cuda:1, mps; by default the best there is")
     parser.add_argument("--workers", type=int, default=4, help="threads that read images (default: %(default)s)")
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="exit with status 1 if anything that is or may hide an image was not read: a file was quarantined, or something "
+        "else was skipped than a file whose name is no image's and a folder that is searched under another name",
+    )
     parser.add_argument("--restart", action="store_true", help="replace a diagnosis with other settings in DIR")
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..evaluation import diagnose_images
+    from ..evaluation.diagnosis import diagnose_images, written_to
     from ..files import find_images
 
-    find_images(args.paths, excluded=[args.output])  # a wrong path is said before a detector is loaded
+    find_images(args.paths, excluded=written_to(args.output))  # a wrong path is said before a detector is loaded
     if args.detector is None:
         raise ValueError(f"`--detector` is missing: {NO_DEFAULT}")
     detector = load_detector(args.detector, args.device)
@@ -78,6 +85,9 @@ def run(args: argparse.Namespace) -> int:
         print(f"\nStopped. What is done is kept in {args.output}: run the same command again to continue.")
         return 130
     _print(result)
+    if args.strict and result["unread"]:
+        print(f"--strict: {result['unread']} that are or may hide images were not read", file=sys.stderr)
+        return 1
     return 0 if result["diagnosed"] else 1
 
 
@@ -129,9 +139,18 @@ def load_detector(name: str, device: str | None = None, argument: str = "--detec
 
 
 def _print(result: dict) -> None:
-    print(f"{result['images']} files = {result['diagnosed']} diagnosed + {result['quarantined']} quarantined")
+    from ..files import listed
+
+    print(
+        f"{result['found']} found = {result['diagnosed']} diagnosed + {result['quarantined']} quarantined + "
+        f"{result['skipped']} skipped"
+    )
+    if result["skipped"]:
+        print(f"Skipped: {listed(result['skipped_reasons'])}")
     if result["resumed"]:
         print(f"{result['resumed']} of them were diagnosed by an earlier run")
+    if result["damaged_lines"]:
+        print(f"{result['damaged_lines']} lines of the earlier journal were cut or damaged: diagnosed again")
     if result["dropped"]:
         print(f"{result['dropped']} images of an earlier run are not among the paths now and left the report")
     if result["diagnosed"]:
@@ -142,6 +161,11 @@ def _print(result: dict) -> None:
         print("\nThe cleanest:\n" + COLUMNS.format("rank", "confidence", "area", "image"))
         for row in result["best"]:
             area = f"{100 * row['area_ratio']:.2f} %"
-            print(COLUMNS.format(row["rank"], f"{row['max_confidence']:.4f}", area, row["path"]))
+            print(COLUMNS.format(row["rank"], f"{row['max_confidence']:.4f}", area, _printable(row["path"])))
         print()
     print(f"Report: {result['report']}")
+
+
+def _printable(name: str) -> str:
+    """A name on one line, without what commands a terminal or cannot be encoded."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)

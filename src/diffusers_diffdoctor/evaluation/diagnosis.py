@@ -15,15 +15,30 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..detector.tiling import tiled_confidence
-from ..files import digest, find_images, write_atomically, written_atomically
+from ..files import digest, find_images, unfinished_at, write_atomically, written_atomically
 from ..images import read_image, to_image_tensor
 from .metrics import area_ratio, max_confidence, wilson_interval
 from .pictures import heatmap_overlay, image_grid, to_pil
 from .report import Figure, Picture, Section, Table, html_report
 
 
-SETTINGS, DIAGNOSIS, QUARANTINE, BEST = "settings.json", "diagnosis.jsonl", "quarantine.jsonl", "best.jsonl"
+SETTINGS, DIAGNOSIS, BEST = "settings.json", "diagnosis.jsonl", "best.jsonl"
+QUARANTINE, SKIPPED = "quarantine.jsonl", "skipped.jsonl"
 REPORT, OVERLAYS = "report.html", "overlays"
+WRITTEN = (SETTINGS, DIAGNOSIS, BEST, QUARANTINE, SKIPPED, REPORT, OVERLAYS)
+
+# a row of the journal: what is written, and all that is believed when it is read again
+ROW = {
+    "path": str,
+    "max_confidence": float,
+    "area_ratio": float,
+    "artifact": bool,
+    "overlay": str,
+    "width": int,
+    "height": int,
+    "bytes": int,
+    "mtime_ns": int,
+}
 
 # Memory stays bounded whatever the images are: a batch holds at most so many pixels (16 images of 1024 x 1024), and so
 # do decoded images that wait for others of their size.
@@ -48,12 +63,15 @@ def diagnose_images(
 ) -> dict:
     """Diagnose image files and write a report. An interrupted run goes on where it stopped when it is started again.
 
+    Every file that is found is diagnosed, quarantined (it cannot be read, or the detector refuses it) or skipped by a rule
+    of [`find_images`], and is a row of one of three tables.
+
     Args:
         paths: image files, and folders that are searched for PNG, JPEG, WEBP, BMP and TIFF files at any depth.
         output_dir: folder for
             diagnosis.jsonl (one row per image: `path`, `max_confidence` and `area_ratio` in [0, 1], `artifact`
             (maximum confidence of at least `threshold`), `overlay`, `width`, `height`, `bytes`, `mtime_ns`),
-            quarantine.jsonl (one row per file that cannot be read or that the detector refuses: `path`, `reason`),
+            quarantine.jsonl and skipped.jsonl (one row per file: `path`, `reason`),
             best.jsonl (the `top_k` cleanest), overlays/ (heatmaps over the images), report.html and settings.json.
         detector: a model with `confidence(images)`, on the device it is to run on, in evaluation mode.
         detector_name: what to call the detector in the report.
@@ -67,9 +85,11 @@ def diagnose_images(
         report_images: most images to show in report.html.
 
     Returns:
-        `images` = `diagnosed` + `quarantined`, `resumed` (diagnosed by earlier runs), `dropped` (of earlier runs, but
-        not among the files now), `artifacts`, `interval` (95 %, of the artifact frequency; None without images),
-        `best` (rows) and `report` (path).
+        `found` = `diagnosed` + `quarantined` + `skipped`; `skipped_reasons` (rule -> count); `unread` (how many are or may
+        hide an image and were not read: the quarantined, and the skipped but for those whose name is no image's);
+        `resumed` (diagnosed by earlier runs), `dropped` (of earlier runs, but not among the files now), `damaged_lines`
+        (of the journal of earlier runs, whose images were diagnosed again), `artifacts`, `interval` (95 %, of the
+        artifact frequency; None without images), `best` (rows) and `report` (path).
 
     Raises:
         ValueError: no image found, or the folder holds a diagnosis with other settings.
@@ -81,7 +101,8 @@ def diagnose_images(
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}, found {value}.")
     output_dir = Path(output_dir)
-    files = find_images(paths, excluded=(output_dir, output_dir / OVERLAYS))
+    found = find_images(paths, excluded=written_to(output_dir))
+    files = found.images
     _prepare_folder(output_dir)
     settings = {
         "detector": detector_name,
@@ -89,12 +110,12 @@ def diagnose_images(
         "threshold": threshold,
         "tile": tile,
     }
-    earlier = _resume(output_dir, settings, restart)
+    earlier, damaged_lines = _resume(output_dir, settings, restart)
     wanted = {str(file) for file in files}
     done = {path: row for path, row in earlier.items() if path in wanted and _is_current(row, output_dir)}
     dropped = [path for path in earlier if path not in wanted]
     for path in dropped:
-        _overlay(earlier[path], output_dir).unlink(missing_ok=True)
+        _overlay(path, output_dir).unlink(missing_ok=True)
     _write_rows(output_dir / DIAGNOSIS, done.values())
     resumed, quarantined = len(done), {}
 
@@ -107,6 +128,7 @@ def diagnose_images(
         ) as progress,
         warnings.catch_warnings(),
     ):
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what it finds odd in a file that it can read
         warnings.simplefilter("error", Image.DecompressionBombWarning)
 
         def set_aside(file: Path, error: Exception) -> None:
@@ -115,10 +137,12 @@ def diagnose_images(
             progress.set_postfix(quarantined=len(quarantined))
 
         def diagnose(batch: list[tuple[Path, np.ndarray, os.stat_result]]) -> None:
-            maps = None
+            rows = None
             try:
-                maps = _confidence(detector, batch, tile)
-            except torch.OutOfMemoryError as error:
+                rows = _write_overlays(batch, _confidence(detector, batch, tile), output_dir, threshold, pool)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 if len(batch) == 1:
                     set_aside(batch[0][0], error)
                     return
@@ -126,14 +150,12 @@ def diagnose_images(
                 for file, _, _ in batch:
                     set_aside(file, error)
                 return
-            if maps is None:  # with the failed attempt's tensors gone
+            if rows is None:  # with the failed attempt's tensors gone
                 diagnose(batch[: len(batch) // 2])
                 diagnose(batch[len(batch) // 2 :])
                 return
-            rows = _write_overlays(batch, maps, output_dir, threshold, pool)
-            for row in rows:
-                done[row["path"]] = row
-                journal.write(json.dumps(row) + "\n")
+            done.update((row["path"], row) for row in rows)
+            journal.write("".join(json.dumps(row) + "\n" for row in rows))
             journal.flush()
             progress.update(len(rows))
 
@@ -161,17 +183,22 @@ def diagnose_images(
     best = [{"rank": rank, **row} for rank, row in enumerate(reversed(ranking[max(0, len(rows) - top_k) :]), start=1)]
     _write_rows(output_dir / DIAGNOSIS, rows)
     _write_rows(output_dir / QUARANTINE, bad)
+    _write_rows(output_dir / SKIPPED, ({"path": str(path), "reason": reason} for path, reason in found.skipped))
     if top_k:
         _write_rows(output_dir / BEST, best)
     else:
         (output_dir / BEST).unlink(missing_ok=True)
     artifacts = sum(row["artifact"] for row in rows)
     summary = {
-        "images": len(files),
+        "found": len(found),
         "diagnosed": len(rows),
         "quarantined": len(bad),
+        "skipped": len(found.skipped),
+        "skipped_reasons": found.reasons(),
+        "unread": len(bad) + sum(skipped.may_hide_images for skipped in found.skipped),
         "resumed": resumed,
         "dropped": len(dropped),
+        "damaged_lines": damaged_lines,
         "artifacts": artifacts,
         "interval": wilson_interval(artifacts, len(rows)) if rows else None,
         "best": best,
@@ -179,6 +206,16 @@ def diagnose_images(
     }
     _write_html(output_dir, settings, summary, ranking[:report_images], bad)
     return summary
+
+
+def written_to(output_dir: str | os.PathLike) -> list[Path]:
+    """What a diagnosis must not take for its input: the folder, and in case that is searched, what is written there."""
+    output_dir = Path(output_dir)
+    return [
+        output_dir,
+        *(output_dir / name for name in WRITTEN),
+        *map(unfinished_at, (output_dir / n for n in WRITTEN)),
+    ]
 
 
 @torch.no_grad()
@@ -198,8 +235,11 @@ def _decoded(files: Sequence[Path], pool: ThreadPoolExecutor, ahead: int) -> Ite
 
     def read(file: Path):
         try:
-            stat = file.stat()
-            return np.asarray(read_image(file)), stat
+            before = file.stat()
+            array = np.asarray(read_image(file))
+            if _version(file.stat()) != _version(before):
+                raise OSError("it changed while it was read: run again when it is whole")
+            return array, before
         except Exception as error:  # decoders raise many types; one bad file must not stop the rest
             return error
 
@@ -211,6 +251,10 @@ def _decoded(files: Sequence[Path], pool: ThreadPoolExecutor, ahead: int) -> Ite
             yield first, future.result()
     for file, future in reading:
         yield file, future.result()
+
+
+def _version(stat: os.stat_result) -> tuple:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 @torch.no_grad()
@@ -225,22 +269,26 @@ def _confidence(detector: torch.nn.Module, batch: Sequence, tile: bool) -> torch
     return maps.float().cpu()
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
 def _write_overlays(batch: Sequence, maps: torch.Tensor, output_dir: Path, threshold: float, pool) -> list[dict]:
     """The overlay of each image of the batch, in threads, and its row."""
     worst, area = max_confidence(maps).tolist(), area_ratio(maps, threshold).tolist()
 
     def write(index: int) -> dict:
         file, array, stat = batch[index]
-        overlay = f"{OVERLAYS}/{_harmless(file.stem)}-{digest(str(file))[:10]}.jpg"
+        overlay = _overlay(str(file), output_dir)
         picture = to_pil(heatmap_overlay(to_image_tensor(array)[None], maps[index : index + 1])[0])
-        with written_atomically(output_dir / overlay) as unfinished:
+        with written_atomically(overlay) as unfinished:
             picture.save(unfinished, "JPEG", quality=92, subsampling=0)
         return {
             "path": str(file),
             "max_confidence": round(worst[index], 6),
             "area_ratio": round(area[index], 6),
             "artifact": worst[index] >= threshold,
-            "overlay": overlay,
+            "overlay": f"{OVERLAYS}/{overlay.name}",
             "width": array.shape[1],
             "height": array.shape[0],
             "bytes": stat.st_size,
@@ -250,10 +298,12 @@ def _write_overlays(batch: Sequence, maps: torch.Tensor, output_dir: Path, thres
     return list(pool.map(write, range(len(batch))))
 
 
-def _harmless(stem: str) -> str:
-    return "".join(letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "_" for letter in stem)[
-        :60
-    ]
+def _overlay(path: str, output_dir: Path) -> Path:
+    """Where the overlay of an image lies: harmless whatever the image's name is, and another for each path."""
+    stem = "".join(
+        letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "_" for letter in Path(path).stem
+    )
+    return output_dir / OVERLAYS / f"{stem[:60]}-{digest(path)[:16]}.jpg"
 
 
 def _prepare_folder(output_dir: Path) -> None:
@@ -268,21 +318,25 @@ def _prepare_folder(output_dir: Path) -> None:
         ) from error
 
 
-def _resume(output_dir: Path, settings: Mapping, restart: bool) -> dict[str, dict]:
-    """path -> row of earlier runs with the same settings; an error if the folder holds other ones."""
-    earlier = _read_rows(output_dir / DIAGNOSIS)
+def _resume(output_dir: Path, settings: Mapping, restart: bool) -> tuple[dict[str, dict], int]:
+    """path -> row of earlier runs with the same settings, and how many lines of their journal hold no row.
+
+    An error if the folder holds a diagnosis with other settings.
+    """
+    earlier, damaged_lines = _read_rows(output_dir / DIAGNOSIS)
     known = output_dir / SETTINGS
     if restart:
-        for row in earlier:
-            _overlay(row, output_dir).unlink(missing_ok=True)
-        for name in (DIAGNOSIS, QUARANTINE, BEST, REPORT):
+        for path in earlier:
+            _overlay(path, output_dir).unlink(missing_ok=True)
+        for name in (DIAGNOSIS, QUARANTINE, SKIPPED, BEST, REPORT):
             (output_dir / name).unlink(missing_ok=True)
-        earlier = []
+        earlier, damaged_lines = {}, 0
     elif earlier:
         try:
-            before = json.loads(known.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            before = {}
+            before = json.loads(known.read_bytes())
+        except (OSError, ValueError):
+            before = None
+        before = before if isinstance(before, dict) else {}
         changed = [
             f"{name} was {before.get(name, 'unknown')}, now {value}"
             for name, value in settings.items()
@@ -294,35 +348,48 @@ def _resume(output_dir: Path, settings: Mapping, restart: bool) -> dict[str, dic
                 "mixed. Use the same settings, another output folder, or restart (--restart) to replace the old one."
             )
     write_atomically(known, json.dumps(settings, indent=2))
-    return {row["path"]: row for row in earlier}
+    return earlier, damaged_lines
 
 
 def _is_current(row: Mapping, output_dir: Path) -> bool:
     """The file is the one that was diagnosed, and its overlay is there."""
     try:
         stat = os.stat(row["path"])
-    except OSError:
+    except (OSError, ValueError):  # a path with a NUL in it
         return False
+    overlay = _overlay(row["path"], output_dir)
     same = (stat.st_size, stat.st_mtime_ns) == (row["bytes"], row["mtime_ns"])
-    return same and _overlay(row, output_dir).is_file()
+    return same and row["overlay"] == f"{OVERLAYS}/{overlay.name}" and overlay.is_file()
 
 
-def _overlay(row: Mapping, output_dir: Path) -> Path:
-    return output_dir / OVERLAYS / Path(row["overlay"]).name  # by name: never a path outside of the folder
+def _read_rows(path: Path) -> tuple[dict[str, dict], int]:
+    """path -> row of a journal, and how many lines hold none: a killed run, or a damaged disk, leaves half lines and zeros.
+
+    The images of such lines are simply diagnosed again.
+    """
+    rows, damaged = {}, 0
+    lines = path.read_bytes().removesuffix(b"\n").split(b"\n") if path.exists() else []
+    for line in lines if lines != [b""] else []:
+        try:
+            row = json.loads(line.decode())
+            os.fsencode(row["path"])  # some texts are no file's name on any disk
+        except (ValueError, TypeError, KeyError, RecursionError):
+            row = None
+        if _is_row(row):
+            rows[row["path"]] = row
+        else:
+            damaged += 1
+    return rows, damaged
 
 
-def _read_rows(path: Path) -> list[dict]:
-    """The rows of a journal. A run that was killed can leave half a line; its image is simply diagnosed again."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue
-            if isinstance(row, dict) and {"path", "overlay", "bytes", "mtime_ns"} <= set(row):
-                rows.append(row)
-    return rows
+def _is_row(row: object) -> bool:
+    return (
+        isinstance(row, dict)
+        and set(row) == set(ROW)
+        and all(isinstance(row[name], kind) for name, kind in ROW.items())
+        and 0 <= row["max_confidence"] <= 1
+        and 0 <= row["area_ratio"] <= 1
+    )
 
 
 def _write_rows(path: Path, rows) -> None:
@@ -333,7 +400,14 @@ def _write_html(
     output_dir: Path, settings: Mapping, summary: Mapping, worst: Sequence[Mapping], bad: Sequence[Mapping]
 ):
     interval, diagnosed = summary["interval"], summary["diagnosed"]
-    figures = [Figure("Images diagnosed", f"{diagnosed}")]
+    figures = [
+        Figure(
+            "Images diagnosed",
+            f"{diagnosed}",
+            f"{summary['found']} files found = {diagnosed} diagnosed + {summary['quarantined']} quarantined + "
+            f"{summary['skipped']} skipped",
+        )
+    ]
     if diagnosed:
         figures.append(
             Figure(
@@ -344,6 +418,7 @@ def _write_html(
             )
         )
     figures.append(Figure("Quarantined", f"{summary['quarantined']}", "files that could not be diagnosed"))
+    figures.append(Figure("Skipped", f"{summary['skipped']}", "left out by rule"))
     sections = []
     if worst:
         sections.append(
@@ -370,6 +445,15 @@ def _write_html(
                 table=Table(("file", ""), [(row["path"], row["reason"]) for row in bad[:100]]),
             )
         )
+    if summary["skipped"]:
+        reasons = [(reason, str(count)) for reason, count in summary["skipped_reasons"].items()]
+        sections.append(
+            Section(
+                "Skipped",
+                f"What was left out by rule, and how often; {SKIPPED} lists each.",
+                Table(("rule", ""), reasons),
+            )
+        )
     sections.append(Section("Settings", table=Table(("", ""), [(key, str(value)) for key, value in settings.items()])))
     html_report(
         output_dir / REPORT,
@@ -382,11 +466,15 @@ def _write_html(
 
 
 def _card(row: Mapping, output_dir: Path) -> Picture:
-    """Image and overlay beside each other; the overlay alone if the image has gone meanwhile."""
-    overlay = read_image(_overlay(row, output_dir))
-    try:
-        pair = [read_image(row["path"]), overlay]
-    except Exception:
-        pair = [None, overlay]
+    """Image and overlay beside each other; an empty place for what went or changed meanwhile."""
+
+    def picture(path: str | Path) -> Image.Image | None:
+        try:
+            return read_image(path)
+        except Exception:  # as when they are read for the first time
+            return None
+
+    image = picture(row["path"]) if _is_current(row, output_dir) else None
     note = f"maximum {row['max_confidence']:.3f}, area {100 * row['area_ratio']:.2f} %"
+    pair = [image, picture(_overlay(row["path"], output_dir))]
     return Picture(image_grid([pair], margin=0), Path(row["path"]).name, note)
