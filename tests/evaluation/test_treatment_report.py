@@ -298,3 +298,22 @@ def test_what_cannot_be_measured_is_refused(change, message):
 def test_a_judge_has_to_judge():
     with pytest.raises(TypeError, match=r"judges\['judge'\].*confidence"):
         measure(PAIRS, {"judge": fidelity})
+
+
+def test_files_hold_no_absolute_path_and_what_is_printed_does(tmp_path):
+    pairs, judge = ImagePairs(images([0.9]), images([0.1]), ["/tmp/a hand"]), BrightnessJudge(1.0)
+    base, lora = f"{tmp_path}/base", f"{tmp_path}/treated"
+    code = f'pipe = load("{base}")\npipe.load_lora_weights("{lora}")'
+    run = TreatmentRun(lora, base, code, details={"dataset": f"{tmp_path}/data.jsonl", "hub": "org/data"})
+    figures = measure(pairs, {"judge": judge}, show_progress=False)
+    report = render(figures, draw_pairs(pairs, judge), tmp_path / "report", run)
+    written = json.loads((tmp_path / "report/report.json").read_text(encoding="utf-8"))
+    assert written["loading_code"] == 'pipe = load("base")\npipe.load_lora_weights("treated")'
+    assert (written["lora_dir"], written["base_model"]) == ("treated", "base")
+    assert written["details"] == {"dataset": "data.jsonl", "hub": "org/data"}
+    assert written["images"][0]["prompt"] == "/tmp/a hand"
+    html = (tmp_path / "report/report.html").read_text(encoding="utf-8")
+    assert str(tmp_path) not in html and "The LoRA lies in treated." in html
+    text = io.StringIO()
+    print_summary(report, file=text)
+    assert f'load_lora_weights("{lora}")' in text.getvalue() and f"lies in {lora}." in text.getvalue()

@@ -14,6 +14,7 @@ import torch
 
 from .. import __version__
 from ..files import write_atomically, written_atomically
+from ..names import shortened
 from .pairs import ImagePairs, Judge, diagnose, json_ready
 from .pictures import before_after_grid, plot_curves
 from .report import Figure, Picture, Section, Table, html_report
@@ -72,7 +73,8 @@ def render(
         title: heading of the page.
 
     Returns:
-        The contents of report.json: the figures, the attributes of [`TreatmentRun`], and the `version` of this package.
+        The contents of report.json: the figures, the attributes of [`TreatmentRun`], and the `version` of this package. Of
+        absolute paths the files have the last component only, since reports are shared; here they are whole.
     """
     run = TreatmentRun() if run is None else run
     report = json_ready({**figures, **asdict(run), "version": __version__})
@@ -82,11 +84,23 @@ def render(
         picture.image.save(unfinished, "PNG")
     curves = plot_curves(run.training_log, output_dir / "curves.png") if run.training_log else None
     shown = Picture(output_dir / "report.png", picture.caption, picture.note)
-    _write_html(report, output_dir / "report.html", title, shown, curves)
+    written = _without_local_paths(report)
+    _write_html(written, output_dir / "report.html", title, shown, curves)
     # Last, so that a report.json stands for a whole report.
-    text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(output_dir / "report.json", text)
     return report
+
+
+def _without_local_paths(report: Mapping) -> dict:
+    """The report without absolute paths, in its code as well. Figures and prompts stay as they are."""
+    written = {**report, **{name: shortened(report[name]) for name in ("lora_dir", "base_model", "details")}}
+    code = report["loading_code"]
+    for name in ("lora_dir", "base_model"):
+        if code and report[name]:
+            before, after = (json.dumps(side[name], ensure_ascii=False) for side in (report, written))
+            code = code.replace(before, after)
+    return {**written, "loading_code": shortened(code)}
 
 
 def print_summary(report: Mapping, file: TextIO | None = None) -> None:

@@ -34,6 +34,7 @@ from peft.utils import (
 )
 from safetensors.torch import load_file, save_file
 
+from ..names import shortened
 from .config import PixelRewardConfig
 
 
@@ -264,7 +265,7 @@ def save_lora(
     metadata = {
         # sets have no order, so the same adapter would be described otherwise in another process
         key: sorted(value) if isinstance(value, set) else value
-        for key, value in config.to_dict().items()
+        for key, value in shortened(config.to_dict()).items()
     }
     # diffusers loads an adapter in training mode, where dropout would spoil its images
     metadata["lora_dropout"] = 0.0

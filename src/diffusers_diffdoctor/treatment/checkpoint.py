@@ -18,6 +18,7 @@ from peft import PeftConfig
 from torch.optim.lr_scheduler import LambdaLR
 
 from ..files import digest, write_atomically
+from ..names import shortened
 from .adapter import lora_files, plain_values
 
 
@@ -59,7 +60,7 @@ def describe_base(pipeline: Any, denoiser_name: str) -> dict[str, str]:
         sample = [value.to("cpu", torch.bfloat16).tolist() for value in plain_values(weight, 4)]
         lines.append(f"{name} {tuple(weight.shape)} {sample}\n")
     return {
-        "pipeline": str(getattr(pipeline, "name_or_path", "") or ""),
+        "pipeline": shortened(str(getattr(pipeline, "name_or_path", "") or "")),
         "pipeline_class": type(pipeline).__name__,
         "denoiser": denoiser_name,
         "dtype": str(denoiser.dtype).removeprefix("torch."),
@@ -107,7 +108,8 @@ def read_record(folder: str | os.PathLike) -> dict[str, Any]:
 
 
 def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
+    """As JSON keeps it, without local paths: a record is published beside the weights."""
+    return json.loads(json.dumps(shortened(value), default=str))
 
 
 # --- whole or not ----------------------------------------------------------------------------------------------------------------
