@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """The artifact detector: SegFormer with one output channel, and the differentiable way from an image to its map."""
 
+import json
 import os
 
 import torch
@@ -37,12 +38,17 @@ short side resized to {image_size} pixels.
 import diffusers_diffdoctor
 from transformers import pipeline
 
-detect = pipeline("artifact-detection", model="{name}")
+detect = pipeline("artifact-detection", model={name})
 detect("image.png")  # {{"artifact_map": <PIL image>, "max_confidence": 0.93, "area_ratio": 0.04}}
 ```
 
-Without the package: `AutoModelForSemanticSegmentation.from_pretrained("{name}", trust_remote_code=True)`, then
-`model.eval().confidence(images)` with images (batch, 3, height, width) in [0, 1].
+Without the package, `model.confidence(images)` takes images (batch, 3, height, width) in [0, 1]:
+
+```python
+from transformers import AutoModelForSemanticSegmentation
+
+model = AutoModelForSemanticSegmentation.from_pretrained({name}, trust_remote_code=True).eval()
+```
 
 ## Limits
 
@@ -218,7 +224,7 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
         card = os.path.join(save_directory, "README.md")
         if kwargs.get("is_main_process", True) and not os.path.exists(card):
             with open(card, "w", encoding="utf-8") as file:
-                file.write(self.model_card(os.path.basename(os.path.normpath(save_directory))))
+                file.write(self.model_card(os.path.basename(os.path.abspath(save_directory))))
 
     def push_to_hub(self, repo_id: str, **kwargs):
         """As [`~transformers.PreTrainedModel.push_to_hub`]; a repository without a model card gets ours."""
@@ -231,7 +237,11 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
 
     def model_card(self, name: str) -> str:
         """Text of the model card for a repository or folder of this name."""
-        return MODEL_CARD.format(name=name, parameters=self.num_parameters() / 1e6, image_size=self.config.image_size)
+        # a folder's name may hold anything: here it is a literal of Python on one line, in ASCII where it is not valid Unicode
+        literal = json.dumps(name, ensure_ascii=not name.isprintable())
+        return MODEL_CARD.format(
+            name=literal, parameters=self.num_parameters() / 1e6, image_size=self.config.image_size
+        )
 
 
 # The native class converts its own old keys by class name. Ours needs the entry too, under its own name; the encoder is a

@@ -345,7 +345,7 @@ class ArtifactDetectorTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model)
             with open(card, "w", encoding="utf-8") as file:
                 file.write(
-                    model.model_card(self.hub_model_id or os.path.basename(os.path.normpath(self.args.output_dir)))
+                    model.model_card(self.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)))
                 )
 
 

@@ -2,19 +2,25 @@
 """The page that a treated LoRA shows on the Hub, and the way there."""
 
 import inspect
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import torch
+import yaml
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCard, ModelCardData, upload_folder
+from huggingface_hub import ModelCardData, upload_folder
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 
 from ..evaluation import to_pil
+from ..files import write_atomically
+from ..names import markdown
 from .adapter import loading_lines, scaling_call
 from .config import PixelRewardConfig
 from .examine import Sample
@@ -125,11 +131,11 @@ def write_model_card(
     first, last, figures = (None, None, [])
     if treatment.report is None:
         first, last, figures = _first_and_last(treatment.log_history, treatment.step)
-    card = ModelCard.from_template(
-        data,
-        template_path=str(Path(__file__).with_name("model_card_template.md")),
-        model_name=title or folder.name,
-        base_name=base["pipeline"] or base["pipeline_class"],
+    template = Path(__file__).with_name("model_card_template.md").read_text(encoding="utf-8")
+    page = jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
+        card_data=_yaml(data),
+        model_name=markdown(title or folder.resolve().name),
+        base_name=markdown(base["pipeline"] or base["pipeline_class"]),
         loading=loading_lines(
             treatment.pipeline,
             base["denoiser"],
@@ -140,21 +146,39 @@ def write_model_card(
         weaker=scaling_call(treatment.pipeline, base["denoiser"], 0.7),
         example=example_call(treatment.pipeline, args, treatment.size, prompts[0]),
         detector=treatment.detector,
-        images=images,
+        images=[{**image, "prompt": markdown(image["prompt"])} for image in images],
         report=treatment.report,
         report_figures=[] if treatment.report is None else _report_figures(treatment.report),
         judged=any("judge" in figure["name"] for figure in figures),
-        figures=figures,
+        figures=[{**row, "name": markdown(row["name"])} for row in figures],
         first=first,
         last=last,
         step=treatment.step,
-        recipe=[(name, value) for name, value in recipe if value is not None],
+        recipe=[(name, markdown(str(value))) for name, value in recipe if value is not None],
         args=args,
         versions=", ".join(f"{name} {version(name)}" for name in ("diffusers", "transformers", "peft", "torch")),
         paper_id=paper["id"],
         paper_title=paper["title"],
     )
-    card.save(folder / "README.md")
+    write_atomically(folder / "README.md", page)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes every text so that it is read back to the letter: YAML folds what it takes for line breaks."""
+
+    def represent_text(self, text: str) -> yaml.ScalarNode:
+        style = '"' if re.search("[\x85\u2028\u2029]", text) else None
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(str, _Dumper.represent_text)
+
+
+def _yaml(data: ModelCardData) -> str:
+    return yaml.dump(data.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf).rstrip()
 
 
 def example_call(pipeline: DiffusionPipeline, args: PixelRewardConfig, size: tuple[int, int], prompt: str) -> str:
@@ -173,12 +197,14 @@ def example_call(pipeline: DiffusionPipeline, args: PixelRewardConfig, size: tup
 
 def _report_figures(report: Mapping[str, Any]) -> list[dict[str, str]]:
     rows = [
-        {"name": f"artifact frequency, {name}", "before": f"{x['before']:.1%}", "after": f"{x['after']:.1%}"}
+        {"name": markdown(f"artifact frequency, {name}"), "before": f"{x['before']:.1%}", "after": f"{x['after']:.1%}"}
         for name, x in report["artifact_frequency"].items()
     ]
     fidelity = report["fidelity"]
     if fidelity["before"] is not None:
-        rows.append({"name": fidelity["name"], **{side: f"{fidelity[side]:.2f}" for side in ("before", "after")}})
+        rows.append(
+            {"name": markdown(fidelity["name"]), **{side: f"{fidelity[side]:.2f}" for side in ("before", "after")}}
+        )
     return rows
 
 
@@ -189,7 +215,7 @@ def _save_images(folder: Path, before: list[Sample], after: list[Sample]) -> lis
         names = {"before": f"images/before_{i}.png", "after": f"images/after_{i}.png"}
         for side, sample in (("before", old), ("after", new)):
             to_pil(sample.image).save(folder / names[side])
-        images.append({"prompt": new.prompt.replace("|", "\\|").replace("\n", " "), **names})
+        images.append({"prompt": new.prompt, **names})
     return images
 
 
