@@ -215,6 +215,55 @@ def test_several_sets_of_held_out_prompts(tmp_path):
     assert (tmp_path / "eval-hands/step-0.png").exists() and (tmp_path / "eval-seen/step-0.png").exists()
 
 
+SETS = [
+    "../../x",
+    "a/b",
+    "",
+    "eval",
+    "x" * 300,
+    "手",
+    "脚",
+    "a b",
+    "a_b",
+    "..",
+    "/tmp/y",
+    "a\0b",
+    "hands",
+    "_partial-x",
+]
+
+
+def test_names_of_sets_stay_in_the_output_folder(tmp_path):
+    folder = tmp_path / "a/b/out"
+    parts = {"eval_dataset": {name: rows(HELD_OUT[:1]) for name in SETS}}
+    trainer = tiny_trainer(folder, parts=parts, report=True, log_images=1, eval_num_images=1)
+    figures = trainer.evaluate()
+    assert {f"eval_{name}_reward" for name in SETS if name} | {"eval_reward"} <= figures.keys()
+    assert [path for path in tmp_path.rglob("*") if folder not in (path, *path.parents)] == [
+        folder.parents[1],
+        folder.parent,
+    ]
+    drawn = [path.relative_to(folder).as_posix() for path in folder.rglob("step-0.png")]
+    assert len(drawn) == len(SETS) and all(name.count("/") == 1 for name in drawn)
+    assert {"eval/step-0.png", "eval-eval/step-0.png", "eval-hands/step-0.png", "eval-a_b/step-0.png"} <= set(drawn)
+    report = (folder / "training_report.html").read_text()
+    assert report.count("<h2>Step 0") == len(SETS) and "<h2>Step 0, hands</h2>" in report
+
+
+def test_a_report_passes_over_what_is_no_picture_of_its_own(tmp_path):
+    for name in (
+        "eval/step-x.png",
+        "eval/step-1-2.png",
+        "eval/step--3.png",
+        "evaluation/step-4.png",
+        "eval/step-5.png",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (2, 2)).save(tmp_path / name)
+    report = write_training_report(tmp_path, [], "<b>|title").read_text()
+    assert report.count("<h2>") == 1 and "<h2>Step 5</h2>" in report and "<h1>&lt;b&gt;|title</h1>" in report
+
+
 def test_a_reward_without_a_map_is_evaluated_by_its_score(tmp_path):
     def redness(images, prompts):
         return images[:, 0].mean(dim=(1, 2))
@@ -299,7 +348,10 @@ def test_a_cards_code_draws_what_the_trainer_draws(tmp_path):
     trainer.save_model()
     code = (tmp_path / "out/README.md").read_text().partition("```python\n")[2].partition("```")[0]
     assert "height=16, width=16, num_inference_steps=3" in code
-    exec(code.replace("your-name/out", str(tmp_path / "out")), drawn := {})
+    for name, folder in (("your-name/out", "out"), ("base", "base")):
+        assert f'("{name}"' in code
+        code = code.replace(f'("{name}"', f'("{tmp_path / folder}"')
+    exec(code, drawn := {})
     assert drawn["image"].size == (16, 16)
     generator = torch.Generator().manual_seed(5)
     line = code.strip().splitlines()[-1].replace(").images[0]", ", generator=generator, output_type='pt').images[0]")

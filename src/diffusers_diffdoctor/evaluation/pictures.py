@@ -3,6 +3,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -211,7 +212,7 @@ def plot_curves(
                     axis.plot(steps, values, color=color, linewidth=0.7, alpha=0.3)
                     values = _running_mean(values, window=len(values) // 20)
                 axis.plot(steps, values, color=color, marker="o" * few, markersize=3, linewidth=1.5, label=curve)
-        axis.set_title(name.replace("_", " "), fontsize=10, loc="left", color="#1c2026")
+        axis.set_title(_title(name), fontsize=10, loc="left", color="#1c2026", parse_math=False)
         axis.grid(color="#e4e6ea", linewidth=0.7)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
@@ -222,9 +223,16 @@ def plot_curves(
         axis.set_visible(False)
     for axis in axes[max(0, len(panels) - columns) : len(panels)]:
         axis.set_xlabel("step", fontsize=8)
-    with written_atomically(path) as unfinished:
+    with written_atomically(path) as unfinished, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a metric's name; a box stands for it
         figure.savefig(unfinished, format="png")
     return Path(path)
+
+
+def _title(name: str, longest: int = 40) -> str:
+    """A metric's name, which holds what the user called a set of prompts, on one line of a panel."""
+    name = " ".join(name.replace("_", " ").replace("\0", " ").split())
+    return name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 :]}"
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:

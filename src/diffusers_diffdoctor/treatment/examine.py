@@ -2,6 +2,7 @@
 """Look at a pipeline during its treatment: generate held-out prompts, judge the images, write a picture and a report."""
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,8 +126,14 @@ def write_training_report(output_dir: str | Path, log_history: Sequence[Mapping[
     curves = plot_curves(log_history, output_dir / "curves.png")
     if curves is not None:
         sections.append(Section("Curves", pictures=[Picture(curves)], wide=True))
-    pictures = sorted((output_dir / "eval").glob("step-*.png"), key=lambda path: int(path.stem.split("-")[1]))
-    for path in reversed(pictures[-3:]):
-        sections.append(Section(f"Step {path.stem.split('-')[1]}", pictures=[Picture(path)], wide=True))
+    drawn: dict[int, list[Path]] = {}  # step -> the picture of each set of held-out prompts
+    for path in sorted(output_dir.glob("eval*/step-*.png")):
+        if (match := re.fullmatch(r"step-(\d+)\.png", path.name)) and re.match(r"eval(-|$)", path.parent.name):
+            drawn.setdefault(int(match[1]), []).append(path)
+    for step in sorted(drawn, reverse=True)[:3]:
+        for path in drawn[step]:
+            name = path.parent.name.removeprefix("eval").removeprefix("-")
+            heading = f"Step {step}, {name}" if name else f"Step {step}"
+            sections.append(Section(heading, pictures=[Picture(path)], wide=True))
     steps = max((entry.get("step", 0) for entry in log_history), default=0)
     return html_report(output_dir / "training_report.html", title, figures, sections, f"After {steps} steps.")

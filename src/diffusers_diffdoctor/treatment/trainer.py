@@ -26,6 +26,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from ..files import written_atomically
+from ..names import file_name
 from ..rollout.drift import without_adapter
 from ..seeds import derive_seed
 from .adapter import add_lora, load_lora, lora_files, save_lora
@@ -353,7 +354,7 @@ class PixelRewardTrainer(ResumableTrainer):
         for name, held_out in sets.items():
             prefix = _joined(metric_key_prefix, name)
             measured = self._measure(held_out, prefix, treated=True)
-            self._draw(held_out, prefix)
+            self._draw(held_out, metric_key_prefix, name)
             self.write_report()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
             metrics |= measured
@@ -381,13 +382,15 @@ class PixelRewardTrainer(ResumableTrainer):
         for name, held_out in self.held_out.items():
             self._measure(held_out, _joined("eval", name), treated=False)
 
-    def _draw(self, held_out: HeldOut, prefix: str) -> None:
+    def _draw(self, held_out: HeldOut, prefix: str, name: str) -> None:
         if self.is_world_process_zero() and self.args.log_images:
             picture = draw(*held_out.before_and_after(self.lora_step))
-            folder = Path(self.args.output_dir, "eval" if prefix == "eval" else prefix.replace("eval_", "eval-"))
+            folder = Path(self.args.output_dir, file_name(prefix) + (f"-{file_name(name)}" if name else ""))
             folder.mkdir(parents=True, exist_ok=True)
             picture.save(folder / f"step-{self.state.global_step}.png")
-            show_in_trackers(self.callback_handler.callbacks, f"{prefix}/images", picture, self.state.global_step)
+            show_in_trackers(
+                self.callback_handler.callbacks, f"{_joined(prefix, name)}/images", picture, self.state.global_step
+            )
 
     def _examine(self, prompts: list[str], seeds: list[int], treated: bool) -> list[Sample]:
         return examine(
@@ -541,7 +544,7 @@ class PixelRewardTrainer(ResumableTrainer):
                 folder,
                 treatment,
                 title=model_name,
-                repo_id=self.hub_model_id or self.args.hub_model_id or f"your-name/{folder.name}",
+                repo_id=self.hub_model_id or self.args.hub_model_id or f"your-name/{folder.resolve().name}",
                 paper=self._paper,
                 tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
                 datasets=dataset,
