@@ -3,11 +3,18 @@
 
 import hashlib
 import os
+import stat
 
 import pytest
+import torch
+from fixtures.pipelines import tiny_flux
+from fixtures.trainer import tiny_detector
+from peft import LoraConfig
+from safetensors.torch import save_file
 
 from diffusers_diffdoctor.files import NO_IMAGE_NAME, digest, find_images, write_atomically, written_atomically
 from diffusers_diffdoctor.seeds import derive_seed
+from diffusers_diffdoctor.treatment.adapter import save_lora
 
 
 def test_writing_replaces_at_the_end_and_leaves_nothing_beside(tmp_path):
@@ -71,3 +78,22 @@ def test_seeds_are_frozen_and_spread():
     assert derive_seed(42, "rollout", 1) != derive_seed(42, 1, "rollout") != derive_seed(421, "rollout")
     seeds = {derive_seed(42, "rollout", position) for position in range(10_000)}
     assert len(seeds) > 9_990 and max(seeds) < 2**31
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_weights_are_as_readable_as_any_other_new_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        tiny_detector().save_pretrained(tmp_path / "detector")
+        pipeline = tiny_flux()
+        pipeline.transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+        save_lora(pipeline, "transformer", tmp_path / "lora")
+        save_lora(pipeline, "transformer", tmp_path / "lora", "live.safetensors")
+        with written_atomically(tmp_path / "lora/else.safetensors") as unfinished:
+            save_file({"x": torch.zeros(1)}, unfinished)
+    finally:
+        os.umask(before)
+    files = [path for name in ("detector", "lora") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".md"} and len(files) >= 6
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o666 & ~umask}

@@ -267,7 +267,7 @@ def written_atomically(path: str | os.PathLike) -> Iterator[Path]:
 
     Whoever looks at `path` sees what was there before or all that was written, never half of it; after an error, what was
     there before. `unfinished` has the name of `path`, in a folder of its own on the same file system. A folder can take
-    the place of an empty one only. One writer at a time.
+    the place of an empty one only. A file has the permissions of any new file, by the umask. One writer at a time.
     """
     path = Path(path)
     workspace = unfinished_at(path)
@@ -276,6 +276,10 @@ def written_atomically(path: str | os.PathLike) -> Iterator[Path]:
     try:
         unfinished = workspace / path.name
         yield unfinished
+        if unfinished.is_file():  # safetensors makes files that only their owner can read
+            usual = workspace / f"{path.name}.usual"
+            usual.touch()
+            shutil.copymode(usual, unfinished)
         if unfinished.is_dir() and path.is_dir():
             path.rmdir()  # Windows cannot replace it
         os.replace(unfinished, path)

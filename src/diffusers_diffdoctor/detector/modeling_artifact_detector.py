@@ -3,6 +3,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -221,6 +223,8 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
     def save_pretrained(self, save_directory: str | os.PathLike, **kwargs):
         """As [`~transformers.PreTrainedModel.save_pretrained`]; writes a model card if the folder has none."""
         super().save_pretrained(save_directory, **kwargs)
+        for weights in Path(save_directory).glob("*.safetensors"):  # which only their owner could read
+            shutil.copymode(Path(save_directory, "config.json"), weights)
         card = os.path.join(save_directory, "README.md")
         if kwargs.get("is_main_process", True) and not os.path.exists(card):
             with open(card, "w", encoding="utf-8") as file:

@@ -34,6 +34,7 @@ from peft.utils import (
 )
 from safetensors.torch import load_file, save_file
 
+from ..files import write_atomically, written_atomically
 from ..names import shortened
 from .config import PixelRewardConfig
 
@@ -269,19 +270,20 @@ def save_lora(
     }
     # diffusers loads an adapter in training mode, where dropout would spoil its images
     metadata["lora_dropout"] = 0.0
-    if form == "pipeline":
-        layers = {f"{denoiser_name}_lora_layers": weights, f"{denoiser_name}_lora_adapter_metadata": metadata}
-        pipeline.save_lora_weights(folder, weight_name=weight_name or LORA_FILE, **layers)
-        return
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps(metadata, indent=2, sort_keys=True, default=str)
-    if form == "denoiser":
-        header = {"format": "pt", LORA_ADAPTER_METADATA_KEY: text}
-        save_file(weights, Path(folder, weight_name or LORA_FILE), metadata=header)
-    else:
-        weights = {_PEFT_PREFIX + name: value for name, value in weights.items()}
-        save_file(weights, Path(folder, weight_name or SAFETENSORS_WEIGHTS_NAME), metadata={"format": "pt"})
-        Path(folder, CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+    file = Path(folder, weight_name or (SAFETENSORS_WEIGHTS_NAME if form == "peft" else LORA_FILE))
+    with written_atomically(file) as unfinished:
+        if form == "pipeline":
+            layers = {f"{denoiser_name}_lora_layers": weights, f"{denoiser_name}_lora_adapter_metadata": metadata}
+            pipeline.save_lora_weights(unfinished.parent, weight_name=unfinished.name, **layers)
+        elif form == "denoiser":
+            save_file(weights, unfinished, metadata={"format": "pt", LORA_ADAPTER_METADATA_KEY: text})
+        else:
+            weights = {_PEFT_PREFIX + name: value for name, value in weights.items()}
+            save_file(weights, unfinished, metadata={"format": "pt"})
+    if form == "peft":
+        write_atomically(Path(folder, CONFIG_NAME), text + "\n")
 
 
 def lora_files(folder: str | os.PathLike) -> list[Path]:

@@ -19,6 +19,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ..files import written_atomically
 from .adapter import LORA_FILE
 from .checkpoint import RECORD_FILE
 
@@ -61,7 +62,8 @@ def export_lora(folder: str | os.PathLike, layout: str = "kohya", output: str | 
     output = Path(output) if output is not None else folder / f"lora_{layout}.safetensors"
     rank = next(iter(layers.values()))[0].shape[0]
     metadata = {"ss_network_module": "networks.lora", "ss_network_dim": str(rank), "ss_network_alpha": str(alpha)}
-    save_file(state, output, metadata={"format": "pt"} | (metadata if layout == "kohya" else {}))
+    with written_atomically(output) as unfinished:
+        save_file(state, unfinished, metadata={"format": "pt"} | (metadata if layout == "kohya" else {}))
     return output
 
 
