@@ -3,14 +3,19 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from diffusers import DiffusionPipeline
+from PIL import Image
+from transformers import AutoImageProcessor
 
 from diffdoctor import main
-from diffusers_diffdoctor import miniature
+from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation, ArtifactDetectorImageProcessor, miniature
+from diffusers_diffdoctor.images import to_image_tensor
 from diffusers_diffdoctor.miniature import check
-from diffusers_diffdoctor.miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES
+from diffusers_diffdoctor.miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES, render, sample_scene
 
 
 def test_they_are_small():
@@ -33,6 +38,19 @@ def test_the_pipeline_loads_and_draws_without_a_type_asked_for():
     }
     images = pipeline("a person waving", height=64, width=64, num_inference_steps=1, output_type="pt").images
     assert images.shape == (1, 3, 64, 64) and images.std() > 0.01
+
+
+def test_the_detector_diagnoses_as_any_detector_of_the_hub_does():
+    """By its folder alone, which says how images are prepared."""
+    folder = miniature.load("detector")
+    detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    assert processor.to_dict() == ArtifactDetectorImageProcessor.for_detector(detector.config).to_dict()
+    scene = Image.fromarray(render(sample_scene(np.random.default_rng(1), wrong_share=1.0, category="hand"))[0])
+    found = transformers.pipeline("artifact-detection", model=str(folder), dtype=torch.float32)(scene)
+    with torch.no_grad():
+        expected = detector.confidence(to_image_tensor(scene)[None]).max().item()
+    assert found["max_confidence"] == pytest.approx(expected, abs=1e-3) and expected > 0.5
 
 
 @pytest.fixture(scope="module")

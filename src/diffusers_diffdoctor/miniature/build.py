@@ -37,6 +37,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..detector import (
     ArtifactDetectorConfig,
     ArtifactDetectorForSemanticSegmentation,
+    ArtifactDetectorImageProcessor,
     ArtifactDetectorTrainer,
     ArtifactDetectorTrainingArguments,
 )
@@ -399,6 +400,7 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 5000, scen
     )
     shutil.rmtree(args.output_dir, ignore_errors=True)
     model.eval().half().save_pretrained(output_dir / "detector")
+    ArtifactDetectorImageProcessor.for_detector(config).save_pretrained(output_dir / "detector")
     _forget_code(output_dir / "detector")
 
 
@@ -406,9 +408,10 @@ def _forget_code(folder: Path) -> None:
     """A detector for the Hub carries a copy of its code; one that lies inside the package would only keep an old one."""
     for path in folder.glob("*.py"):
         path.unlink()
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("auto_map")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in ("config.json", "preprocessor_config.json"):
+        config = json.loads((folder / name).read_text())
+        config.pop("auto_map", None)
+        (folder / name).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def build_judge(vae: AutoencoderKL, output_dir: Path, steps: int = 4000, scenes: int = 24_000) -> None:
