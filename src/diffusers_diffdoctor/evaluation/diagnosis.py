@@ -44,6 +44,7 @@ ROW = {
 # do decoded images that wait for others of their size.
 BATCH_PIXELS = 16 * 2**20
 WAITING_PIXELS = 64 * 2**20
+BAND_PIXELS = 2**20
 
 
 def diagnose_images(
@@ -259,7 +260,7 @@ def _version(stat: os.stat_result) -> tuple:
 
 @torch.no_grad()
 def _confidence(detector: torch.nn.Module, batch: Sequence, tile: bool) -> torch.Tensor:
-    images = torch.from_numpy(np.stack([array for _, array, _ in batch])).permute(0, 3, 1, 2).float() / 255
+    images = torch.from_numpy(np.stack([array for _, array, _ in batch])).permute(0, 3, 1, 2).float().div_(255)
     weight = next(detector.parameters(), None)
     if weight is not None:
         images = images.to(weight.device)
@@ -280,9 +281,8 @@ def _write_overlays(batch: Sequence, maps: torch.Tensor, output_dir: Path, thres
     def write(index: int) -> dict:
         file, array, stat = batch[index]
         overlay = _overlay(str(file), output_dir)
-        picture = to_pil(heatmap_overlay(to_image_tensor(array)[None], maps[index : index + 1])[0])
         with written_atomically(overlay) as unfinished:
-            picture.save(unfinished, "JPEG", quality=92, subsampling=0)
+            _heatmap(array, maps[index]).save(unfinished, "JPEG", quality=92, subsampling=0)
         return {
             "path": str(file),
             "max_confidence": round(worst[index], 6),
@@ -296,6 +296,17 @@ def _write_overlays(batch: Sequence, maps: torch.Tensor, output_dir: Path, thres
         }
 
     return list(pool.map(write, range(len(batch))))
+
+
+def _heatmap(array: np.ndarray, confidence: torch.Tensor) -> Image.Image:
+    """The overlay, in bands: a hundred bytes for each pixel at once would be gigabytes for a large photo."""
+    picture = Image.new("RGB", (array.shape[1], array.shape[0]))
+    height = max(1, BAND_PIXELS // array.shape[1])
+    for top in range(0, array.shape[0], height):
+        band = slice(top, top + height)
+        overlay = heatmap_overlay(to_image_tensor(array[band])[None], confidence[None, :, band])
+        picture.paste(to_pil(overlay[0]), (0, top))
+    return picture
 
 
 def _overlay(path: str, output_dir: Path) -> Path:
