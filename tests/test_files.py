@@ -12,7 +12,7 @@ from fixtures.trainer import tiny_detector
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from diffusers_diffdoctor.files import NO_IMAGE_NAME, digest, find_images, write_atomically, written_atomically
+from diffusers_diffdoctor.files import digest, write_atomically, written_atomically
 from diffusers_diffdoctor.seeds import derive_seed
 from diffusers_diffdoctor.treatment.adapter import save_lora
 
@@ -61,15 +61,6 @@ def test_digests(tmp_path):
     parts = [b"hands ", "and ", memoryview(b"faces")]
     assert {digest(one) for one in ("hands and faces", b"hands and faces", tmp_path / "file", parts)} == {expected}
     assert digest(os.fsdecode(b"caf\xe9")) == hashlib.sha256(b"caf\xe9").hexdigest()  # a name that is not UTF-8
-
-
-def test_excluded_folders_are_not_searched(tmp_path):
-    for name in ("b.TIF", "a.png", "out/c.png", "deep/out/d.jpg", "note.txt"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(b"")
-    found = find_images([tmp_path], excluded=[tmp_path / "out"])
-    assert [str(path.relative_to(tmp_path)) for path in found.images] == ["a.png", "b.TIF", "deep/out/d.jpg"]
-    assert found.skipped == [(tmp_path / "note.txt", NO_IMAGE_NAME)] and len(found) == 4
 
 
 def test_seeds_are_frozen_and_spread():

@@ -2,11 +2,14 @@
 """One picture in many containers is the same pixels, and what has no certain meaning is refused."""
 
 import io
+import os
+import tempfile
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from fixtures.broken_files import whole
 from PIL import Image, ImageCms
 
 from diffusers_diffdoctor.detector.pipeline_artifact_detection import load_image
@@ -185,6 +188,31 @@ def test_a_file_cut_short_is_refused(tmp_path, color):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         with pytest.raises((OSError, ValueError)):
             read_image(path)
+
+
+def test_damaged_pixels_of_a_png_are_noticed(tmp_path):
+    """One bit, behind all that Pillow reads to draw the image."""
+    content = bytearray(whole(".png"))
+    content[-12 - 4 - 1] ^= 1
+    (tmp_path / "image.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"image.png' is broken: .*checksum"):
+        read_image(tmp_path / "image.png")
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    for path, kind in ((tmp_path / "pipe.png", "named pipe"), (tmp_path, "folder"), ("/dev/zero", "device")):
+        with pytest.raises(ValueError, match=rf"'{path}' is a {kind}, not a file"):
+            read_image(path)
+
+
+def test_files_without_a_name(color):
+    with tempfile.TemporaryFile() as file:  # whose name is a number
+        Image.fromarray(color).save(file, "PNG")
+        assert np.array_equal(pixels(file), color)
+        file.truncate(40)
+        with pytest.raises((OSError, ValueError), match=r"The image|truncated"):
+            read_image(file)
 
 
 def test_binary_files(color):
