@@ -134,6 +134,41 @@ def test_retrained_weights_at_the_same_place_are_another_detector(images, tmp_pa
     assert "weights_sha256" in capsys.readouterr().err
 
 
+def test_strict_fails_if_an_image_may_have_been_missed(images, tmp_path, detector, capsys):
+    def status(*options):
+        return main(command(images, tmp_path / "out", detector, *options))
+
+    (images / "notes.txt").write_text("")
+    (images / "again").symlink_to(images)
+    assert status() == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == "10 found = 7 diagnosed + 1 quarantined + 2 skipped"
+    skipped = "Skipped: name that is no image's: 1, folder that is searched already, under another name: 1"
+    assert printed[1] == skipped
+    assert status("--strict") == 1
+    assert "--strict: 1 that are or may hide images were not read" in capsys.readouterr().err
+    (images / "bad.jpg").unlink()
+    assert status("--strict") == 0
+    for name, make in (
+        ("moving.gif", os.mknod),
+        ("pipe", os.mkfifo),
+        ("nowhere", lambda path: path.symlink_to("missing")),
+    ):
+        make(images / name)
+        assert (status(), status("--strict")) == (0, 1)
+        (images / name).unlink()
+    assert status("--strict") == 0
+
+
+def test_names_do_not_command_the_terminal(images, tmp_path, detector, capsys):
+    for path in images.glob("?.png"):
+        path.rename(images / os.fsdecode(f"{path.stem}\x1b[2J\n".encode() + b"\xff\xe9.png"))
+    assert main(command(images, tmp_path / "out", detector, "--top-k", "7")) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and printed.count(r"\x1b[2J\n\udcff\udce9.png" + "\n") == 7
+    printed.encode()  # as a terminal does
+
+
 def test_nothing_diagnosed_is_a_failure(tmp_path, detector):
     (tmp_path / "only.png").write_bytes(b"")
     assert main(command(tmp_path / "only.png", tmp_path / "out", detector)) == 1

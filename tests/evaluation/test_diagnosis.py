@@ -4,6 +4,7 @@
 import json
 import os
 import re
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -177,6 +178,116 @@ def test_an_interrupted_run_goes_on(folder, tmp_path):
     assert html[0] == html[1]
 
 
+def test_damaged_lines_of_the_journal_are_counted_and_cost_their_images_only(folder, tmp_path):
+    out = tmp_path / "out"
+    diagnose(folder, out)
+    whole = (out / "diagnosis.jsonl").read_bytes()
+    lines = whole.splitlines()
+    first = json.loads(lines[0])
+    damaged = [
+        lines[0][:40],  # cut
+        b"",
+        bytes(4096),
+        b"\xff\xfe not UTF-8",
+        b"[1, 2]",
+        b"[" * 100_000,
+        json.dumps(first | {"max_confidence": float("nan")}).encode(),
+        json.dumps(first | {"max_confidence": 7.0}).encode(),
+        json.dumps(first | {"bytes": "many"}).encode(),
+        json.dumps(first | {"path": "\ud800"}).encode(),
+        json.dumps({"path": first["path"]}).encode(),
+    ]
+    (out / "diagnosis.jsonl").write_bytes(b"\n".join(damaged + lines[1:3] + [lines[3][:-1]] + lines[4:]))
+    detector = RedDetector()
+    result = diagnose(folder, out, detector)
+    assert (result["damaged_lines"], result["resumed"], detector.seen) == (len(damaged) + 1, 4, 2)
+    assert (out / "diagnosis.jsonl").read_bytes() == whole
+    assert diagnose(folder, out)["damaged_lines"] == 0
+    for content in (b"", b"[]", b"\xff", b"{"):
+        (out / "settings.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"detector was unknown, now red.*restart"):
+            diagnose(folder, out)
+
+
+def test_a_journal_leads_nowhere_outside_of_its_folder(folder, tmp_path):
+    """Paths in it are not believed, whether the images leave the report or not."""
+    out, precious = tmp_path / "out", tmp_path / "precious.jpg"
+    precious.write_bytes(b"precious")
+    diagnose(folder, out)
+    before = (out / "diagnosis.jsonl").read_bytes()
+    row = json.loads(before.splitlines()[0])
+    strange = [str(precious), "../../precious.jpg", "..", "", "/", "a\0b", "x" * 5000, row["overlay"]]
+    evil = [row | {"overlay": text} for text in strange] + [row | {"path": text} for text in strange]
+    evil.append(row | {"path": str(tmp_path / "gone.png")})  # whose overlay would be that of an image that is there
+    (out / "diagnosis.jsonl").write_bytes(before + "".join(json.dumps(row) + "\n" for row in evil).encode())
+    result = diagnose(folder, out)
+    assert (result["diagnosed"], result["damaged_lines"]) == (6, 0)
+    assert (out / "diagnosis.jsonl").read_bytes() == before
+    (out / "diagnosis.jsonl").write_bytes(before + "".join(json.dumps(row) + "\n" for row in evil).encode())
+    diagnose(folder, out, restart=True)
+    assert precious.read_bytes() == b"precious" and len(os.listdir(out / "overlays")) == 6
+
+
+def test_a_file_that_changes_while_it_is_read_is_set_aside(folder, tmp_path):
+    save(folder / "large.png", 9, size=(1500, 1500))
+    done = threading.Event()
+
+    def touch():
+        while not done.is_set():
+            os.utime(folder / "large.png")
+
+    thread = threading.Thread(target=touch)
+    thread.start()
+    try:
+        result = diagnose(folder, tmp_path / "out")
+    finally:
+        done.set()
+        thread.join()
+    assert (result["diagnosed"], result["quarantined"]) == (6, 4)
+    reasons = {os.path.basename(row["path"]): row["reason"] for row in rows(tmp_path / "out/quarantine.jsonl")}
+    assert "changed while it was read" in reasons["large.png"]
+    assert diagnose(folder, tmp_path / "out")["diagnosed"] == 7
+
+
+def test_images_that_vanish_after_they_were_read_stay_in_the_report(folder, tmp_path):
+    class Vanishing(RedDetector):
+        def confidence(self, images):
+            (folder / "a.png").unlink(missing_ok=True)
+            return super().confidence(images)
+
+    result = diagnose(folder, tmp_path / "out", Vanishing(), batch_size=8)
+    assert (result["found"], result["diagnosed"], result["quarantined"], result["skipped"]) == (10, 6, 3, 1)
+    assert "a.png" in (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert diagnose(folder, tmp_path / "out")["dropped"] == 1
+
+
+def test_leftovers_of_killed_writers_are_no_harm(folder, tmp_path):
+    """Nor do images that are named like them."""
+    for name in ("_partial-x.png", ".a.unfinished.png", ".diagnosis.jsonl.unfinished.png", "-.png", "..x.png"):
+        save(folder / name, 10)
+    (folder / ".b.png.unfinished").mkdir()
+    save(folder / ".b.png.unfinished/b.png", 10)
+    for output in (tmp_path / "out", folder):
+        diagnose(folder, output)
+        (output / ".diagnosis.jsonl.unfinished").mkdir()
+        (output / ".diagnosis.jsonl.unfinished/diagnosis.jsonl").write_text("half")
+        result = diagnose(folder, output)
+        assert (result["found"], result["diagnosed"], result["quarantined"]) == (16, 12, 3)
+        assert not (output / ".diagnosis.jsonl.unfinished").exists()
+        assert len(os.listdir(output / "overlays")) == 12
+
+
+def test_overlays_are_the_same_in_bands(tmp_path, monkeypatch):
+    from diffusers_diffdoctor.evaluation import diagnosis
+
+    array = np.random.default_rng(0).integers(0, 256, (50, 33, 3), dtype=np.uint8)
+    confidence = torch.rand(1, 50, 33, generator=torch.Generator().manual_seed(0))
+    at_once = np.asarray(diagnosis._heatmap(array, confidence))
+    for pixels in (1, 3 * 33, 1000):
+        monkeypatch.setattr(diagnosis, "BAND_PIXELS", pixels)
+        assert np.array_equal(np.asarray(diagnosis._heatmap(array, confidence)), at_once)
+
+
 def test_only_what_changed_is_diagnosed_again(folder, tmp_path):
     out = tmp_path / "out"
     diagnose(folder, out)
@@ -219,6 +330,8 @@ def test_report_is_ranked_and_self_contained(folder, tmp_path):
     assert html.count('src="data:image/') == 6
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script|<link""", html)
     assert "text.jpg" in html and "3 (50.0 %)" in html
+    assert "10 files found = 6 diagnosed + 3 quarantined + 1 skipped" in html
+    assert re.search(r"name that is no image&#39;s</t.>\s*<td[^>]*>1</td>", html)
 
 
 def test_its_own_output_is_not_searched(folder):
