@@ -20,6 +20,7 @@ INSTALL_REQUIRES = [
     "accelerate>=1.12",
     "datasets>=4.0",
     "huggingface-hub>=1.3",
+    "filelock>=3.12",
     "evaluate>=0.4.6",
     "bitsandbytes>=0.50",
     "safetensors>=0.7",

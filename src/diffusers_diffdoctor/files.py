@@ -2,15 +2,19 @@
 """Files: find images, read without waiting, write whole or not at all, tell contents apart."""
 
 import hashlib
+import json
 import os
 import shutil
+import socket
 import stat
 from collections import Counter, deque
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+from filelock import FileLock, Timeout
 
 
 # --- finding images ------------------------------------------------------------------------------------------------------------
@@ -315,3 +319,56 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
             yield chunk
+
+
+# --- one writer ----------------------------------------------------------------------------------------------------------------
+
+LOCK, RUNNING = ".diffdoctor.lock", ".diffdoctor.running"  # that a folder is written to, and by whom
+_HELD: dict[Path, int] = {}  # folders of this process, and how often
+
+
+@contextmanager
+def only_run(folder: str | os.PathLike) -> Iterator[None]:
+    """Context in which no other process that asks for it writes into the folder. The same process may ask again inside.
+
+    The system frees the lock of a process that is killed. On a file system without locks nothing is locked.
+
+    Raises:
+        RuntimeError: another process has the folder; it is named.
+    """
+    folder = Path(os.path.realpath(folder))
+    if folder in _HELD:
+        _HELD[folder] += 1
+        try:
+            yield
+        finally:
+            _HELD[folder] -= 1
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock, who = FileLock(folder / LOCK, timeout=0), folder / RUNNING
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RuntimeError(
+            f"{str(folder)!r} is in use by {_named(who)}. Wait until it has ended, or choose another folder."
+        ) from None
+    except (NotImplementedError, OSError):  # a file system without locks
+        yield
+        return
+    _HELD[folder] = 1
+    try:
+        with suppress(OSError):  # a name is a courtesy, for which a full disk may have no room
+            write_atomically(who, json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+        yield
+    finally:
+        del _HELD[folder]
+        who.unlink(missing_ok=True)
+        lock.release()
+
+
+def _named(who: Path) -> str:
+    try:
+        found = json.loads(who.read_text(encoding="utf-8"))
+        return f"process {found['process']} on {found['host']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
