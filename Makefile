@@ -23,7 +23,7 @@ $(STAMP): setup.py constraints.txt
 treat: $(STAMP)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$(THREADS)} $(BIN)/accelerate launch --quiet \
 		--config_file examples/accelerate/single_process.yaml \
-		examples/treat_flux.py --pipeline miniature --output_dir runs/miniature
+		examples/treat_flux.py --pipeline miniature --output_dir runs/miniature --overwrite_output_dir
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -119,6 +119,7 @@ def test_wheel_holds_all_the_package_and_nothing_else(tmp_path):
 FLOORS = [
     {"files", "seeds"},
     {"images", "names"},
+    {"training"},
     {"detector", "evaluation.metrics", "treatment.losses"},
     {"rewards", "evaluation", "rollout"},
     {"treatment"},

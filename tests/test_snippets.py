@@ -46,6 +46,7 @@ SMALL = {
     "max_sequence_length": 16,
     "eval_num_images": 1,
     "log_images": 0,
+    "overwrite_output_dir": True,  # a folder is shared by all pages
     "report_to": "none",
 }
 

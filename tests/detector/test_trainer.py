@@ -41,7 +41,7 @@ def model():
 
 
 def arguments(path, **kwargs):
-    defaults = {"report_to": "none", "use_cpu": True, "per_device_train_batch_size": 4, "disable_tqdm": True}
+    defaults = {"overwrite_output_dir": True, "use_cpu": True, "per_device_train_batch_size": 4, "disable_tqdm": True}
     return ArtifactDetectorTrainingArguments(output_dir=str(path), **{"save_strategy": "no"} | defaults | kwargs)
 
 

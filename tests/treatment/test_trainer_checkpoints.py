@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from diffusers_diffdoctor.treatment.checkpoint import last_checkpoint
+from diffusers_diffdoctor.training.checkpoints import last_checkpoint
 
 
 TESTS = Path(__file__).parents[1]
@@ -118,7 +118,8 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_last_whole_checkp
     left = tmp_path / "run/checkpoint-4"
     assert (left / "optimizer.pt").is_file() and (left / "trainer_state.json").is_file() == (place == "state")
     with pytest.raises(
-        ValueError, match=r"checkpoint-4', which was not written to its end\. Resume from the one before"
+        ValueError,
+        match=r"checkpoint-4', which is damaged: it was not written to its end .no manifest\.json.\. Resume from the one before",
     ):
         tiny_trainer(tmp_path / "run", **RUN).train(resume_from_checkpoint=str(left))
 
@@ -127,18 +128,7 @@ def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_last_whole_checkp
     whole = tiny_trainer(tmp_path / "whole", **RUN)
     whole.train()
     assert_same_run(whole, resumed)
-    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-5")
-
-
-def test_the_last_checkpoint_is_the_whole_one_with_the_most_steps(tmp_path):
-    names = ["pytorch_lora_weights.safetensors", "treatment.json", "trainer_state.json"]
-    for step, state in {2: "{}", 10: "{}", 30: None, 40: '{"epoch"', 50: ""}.items():
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        for name in names[: 3 if state is not None else 2]:
-            (tmp_path / f"checkpoint-{step}" / name).write_text(state or "")
-    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
-    with pytest.raises(ValueError, match="no whole checkpoint"):
-        last_checkpoint(tmp_path / "nowhere")
+    assert last_checkpoint(tmp_path / "run").name == "checkpoint-5"
 
 
 def test_a_checkpoint_of_an_earlier_run_leaves_nothing_behind(tmp_path):
@@ -148,7 +138,7 @@ def test_a_checkpoint_of_an_earlier_run_leaves_nothing_behind(tmp_path):
         (earlier / name).write_text("{}")
     tiny_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1).train()
     assert not (earlier / "live_lora_weights.safetensors").exists() and not (earlier / "rng_state_1.pth").exists()
-    assert last_checkpoint(tmp_path) == str(earlier)
+    assert last_checkpoint(tmp_path) == earlier
 
 
 class Counting(TrainerCallback, ExportableState):
@@ -185,7 +175,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"2x16 in the file, missing here\. Use the `peft_config`"):
         fewer = tiny_trainer(tmp_path / "run", tmp_path / "one", lora_target_modules=["to_q"])
         fewer.train(resume_from_checkpoint=checkpoint)
-    with pytest.raises(ValueError, match=r"no checkpoint of treatment: it has no treatment\.json"):
+    with pytest.raises(ValueError, match=r"is damaged: it was not written to its end .no manifest\.json."):
         tiny_trainer(tmp_path / "run", tmp_path / "one").train(resume_from_checkpoint=str(tmp_path))
     # the same base from another folder and in another type is the same base
     (tmp_path / "one").rename(tmp_path / "moved")

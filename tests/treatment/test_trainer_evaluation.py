@@ -339,8 +339,9 @@ def test_a_card_of_ones_own_reward_names_no_detector_and_no_loss_that_was_left_o
     assert "an artifact detector looked" in card and f"| `offline_weight` | {trainer.args.offline_weight} |" in card
 
 
-def test_a_cards_code_draws_what_the_trainer_draws(tmp_path):
+def test_a_cards_code_draws_what_the_trainer_draws(tmp_path, monkeypatch):
     """Run as it stands, but for the LoRA's place: size, steps and guidance are those of the training."""
+    monkeypatch.chdir(tmp_path)  # a base that is a folder is called by its name
     pipeline = tiny_flux()
     pipeline.save_pretrained(tmp_path / "base")
     trainer = tiny_trainer(tmp_path / "out", str(tmp_path / "base"), learning_rate=0.3, num_inference_steps=3)

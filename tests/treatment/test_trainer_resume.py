@@ -12,7 +12,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
-from diffusers_diffdoctor.treatment import resuming
+from diffusers_diffdoctor.training import trainer as resuming
 
 
 SAVED = {"save_strategy": "steps", "save_steps": 1}
@@ -176,7 +176,7 @@ def test_another_division_of_the_batch_sees_the_same_prompts_and_noise(tmp_path)
 
 def test_another_batch_is_refused_unless_the_position_is_given_up(tmp_path):
     first_run(tmp_path, per_device_train_batch_size=4)
-    with pytest.raises(ValueError, match=r"with 4 images per update, but .* is 2: .*`ignore_data_skip=True`"):
+    with pytest.raises(ValueError, match=r"with 4 samples per update, but .* is 2: .*`ignore_data_skip=True`"):
         resumed(tmp_path, max_steps=3, per_device_train_batch_size=2)
     trainer = tiny_trainer(tmp_path, parts=PLAIN, max_steps=3, per_device_train_batch_size=2, ignore_data_skip=True)
     seen = seen_by(trainer)

@@ -27,6 +27,7 @@ from typing import NoReturn
 import torch
 import yaml
 from datasets import Dataset
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from .. import miniature
@@ -150,7 +151,7 @@ def source_of(field: dataclasses.Field) -> str:
     """The group of an argument, by what its help says of the default."""
     if field.name in ScriptArguments.__annotations__:
         return "run"
-    if field.name not in PixelRewardConfig.__annotations__:
+    if field.name in TrainingArguments.__dataclass_fields__ and field.name not in PixelRewardConfig.__annotations__:
         return "transformers"
     named = re.search(r"\b(paper|release)\b", field.metadata.get("help", ""))
     return named.group(1) if named else "ours"

@@ -10,15 +10,19 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
-from transformers import EvalPrediction, Trainer, TrainingArguments
+from transformers import EvalPrediction, TrainerCallback
 
 from ..images import read_artifact_map, read_image, to_image_tensor
+from ..seeds import derive_seed
+from ..training import RunArguments, RunTrainer
+from ..training.record import plain
 from . import ArtifactDetectorImageProcessor
 from .configuration_artifact_detector import ArtifactDetectorConfig
 from .modeling_artifact_detector import (
@@ -31,13 +35,16 @@ from .modeling_artifact_detector import (
 
 IMAGE, MAP = "image", "artifact_map"
 PIXELS, LABELS, SIZES = "pixel_values", "labels", "sizes"
+NUMBER = "number"  # of a row in its dataset
+# of a configuration: they differ with the library and the folder
+NOT_COMPARED = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"}
 NOT_COUNTED = -1.0  # label of a pixel that no loss and no metric counts
 
 
 @dataclass
-class ArtifactDetectorTrainingArguments(TrainingArguments):
+class ArtifactDetectorTrainingArguments(RunArguments):
     r"""
-    What [`~transformers.TrainingArguments`] has, and:
+    What [`~transformers.TrainingArguments`] and [`~diffusers_diffdoctor.training.RunArguments`] have, and:
 
     Args:
         learning_rate (`float`, *optional*, defaults to 6e-5): SegFormer's own; the paper names none.
@@ -104,8 +111,9 @@ class ArtifactDetectorCollator:
     Args:
         config: configuration of the detector.
         flip_probability, jpeg_probability, jpeg_quality, map_maximum: see [`ArtifactDetectorTrainingArguments`].
-            Augmentation is drawn from torch's generator, so that runs can be repeated; resumed in the middle of an epoch, a
-            run draws others.
+            A row with a key "number" is augmented by `seed`, `epoch` and that number alone, so that a resumed run sees what
+            one that was never stopped sees; others draw from torch's generator.
+        seed: decides the augmentation of numbered rows.
         for_evaluation: leave maps at the size of their images, and say in `sizes` (B, 4) how high and wide the pixel values
             and the maps are without padding.
     """
@@ -118,8 +126,10 @@ class ArtifactDetectorCollator:
         jpeg_quality: tuple[int, int] = (50, 95),
         map_maximum: int | None = None,
         for_evaluation: bool = False,
+        seed: int = 0,
     ):
         self.config = config
+        self.seed, self.epoch = seed, 0
         self.flip_probability = flip_probability
         self.jpeg_probability = jpeg_probability
         self.jpeg_quality = jpeg_quality
@@ -136,18 +146,23 @@ class ArtifactDetectorCollator:
         return batch
 
     def _prepare(self, row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-        image, artifact_map = self._augment(*_read(row, self.map_maximum))
+        generator = None
+        if NUMBER in row:
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmentation", self.epoch, row[NUMBER]))
+        image, artifact_map = self._augment(*_read(row, self.map_maximum), generator)
         pixels = normalise_images(to_image_tensor(image)[None], self.config)
         labels = torch.from_numpy(np.array(artifact_map))[None, None] / 255
         return pixels[0], labels[0] if self.for_evaluation else F.adaptive_max_pool2d(labels, pixels.shape[-2:])[0]
 
-    def _augment(self, image: Image.Image, artifact_map: Image.Image) -> tuple[Image.Image, Image.Image]:
-        if torch.rand(()) < self.flip_probability:
+    def _augment(
+        self, image: Image.Image, artifact_map: Image.Image, generator: torch.Generator | None
+    ) -> tuple[Image.Image, Image.Image]:
+        if torch.rand((), generator=generator) < self.flip_probability:
             image, artifact_map = ImageOps.mirror(image), ImageOps.mirror(artifact_map)
-        if torch.rand(()) < self.jpeg_probability:
+        if torch.rand((), generator=generator) < self.jpeg_probability:
             low, high = self.jpeg_quality
             file = io.BytesIO()
-            image.save(file, "JPEG", quality=int(torch.randint(low, high + 1, ())))
+            image.save(file, "JPEG", quality=int(torch.randint(low, high + 1, (), generator=generator)))
             image = Image.open(file).convert("RGB")
         return image, artifact_map
 
@@ -207,7 +222,7 @@ def detector_metrics(prediction: EvalPrediction, threshold: float = 0.5) -> dict
     return {name: values.mean().item() for name, values in metrics.items()}
 
 
-class ArtifactDetectorTrainer(Trainer):
+class ArtifactDetectorTrainer(RunTrainer):
     """Trains an [`ArtifactDetectorForSemanticSegmentation`] with the loss `L_AD`, the mean squared error of the confidence.
 
     ```python
@@ -237,6 +252,7 @@ class ArtifactDetectorTrainer(Trainer):
     """
 
     _tag_names = ["diffusers-diffdoctor", "artifact-detection"]
+    outputs = ("model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json")
 
     def __init__(
         self,
@@ -269,6 +285,7 @@ class ArtifactDetectorTrainer(Trainer):
                 args.jpeg_probability,
                 (args.jpeg_quality_min, args.jpeg_quality_max),
                 args.map_maximum,
+                seed=args.seed if args.data_seed is None else args.data_seed,
             )
             # saved with the weights
             kwargs.setdefault("processing_class", ArtifactDetectorImageProcessor.for_detector(model.config))
@@ -286,6 +303,36 @@ class ArtifactDetectorTrainer(Trainer):
             compute_metrics=compute_metrics,
             **kwargs,
         )
+        if isinstance(data_collator, ArtifactDetectorCollator):
+            self.add_callback(_TellEpoch(data_collator))
+
+    def record(self) -> dict[str, Any]:
+        """What is written beside the weights, and compared when a run resumes: the run, the architecture, the rows."""
+        config = self.accelerator.unwrap_model(self.model).config.to_dict()
+        rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+        return {
+            "config": {key: config[key] for key in config if key not in NOT_COMPARED},
+            "rows": rows,
+            **super().record(),
+        }
+
+    def check_record(self, folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+        then, now = plain(then["config"]), plain(now["config"])
+        differing = [f"{key} {then.get(key)!r}, here {now.get(key)!r}" for key in now if then.get(key) != now[key]]
+        if differing:
+            raise ValueError(
+                f"The detector of checkpoint {str(folder)!r} has {'; '.join(differing)}. Resume with a detector of its "
+                "configuration."
+            )
+
+    def get_train_dataloader(self):
+        whole = self.train_dataset
+        if hasattr(whole, "__getitem__") and isinstance(self.data_collator, ArtifactDetectorCollator):
+            self.train_dataset = _Numbered(whole)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = whole
 
     def get_eval_dataloader(self, *args, **kwargs):
         return self._without_augmentation(super().get_eval_dataloader, *args, **kwargs)
@@ -347,6 +394,29 @@ class ArtifactDetectorTrainer(Trainer):
                 file.write(
                     model.model_card(self.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)))
                 )
+
+
+class _TellEpoch(TrainerCallback):
+    """Every pass over the data is augmented in its own way."""
+
+    def __init__(self, collator: ArtifactDetectorCollator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch = int(state.epoch or 0)
+
+
+class _Numbered(torch.utils.data.Dataset):
+    """The rows of a dataset, each with its number."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return {**self.rows[number], NUMBER: number}
 
 
 def _check_dataset(name: str, dataset: Any) -> None:

@@ -32,7 +32,6 @@ from transformers import (
     T5EncoderModel,
     T5Tokenizer,
 )
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..detector import (
     ArtifactDetectorConfig,
@@ -395,9 +394,7 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 5000, scen
             F.interpolate(outputs.logits, size=labels.shape[-2:], mode="bilinear", align_corners=False), labels
         ),
     )
-    trainer.train(
-        resume_from_checkpoint=get_last_checkpoint(args.output_dir) if Path(args.output_dir).exists() else None
-    )
+    trainer.train(resume_from_checkpoint="auto")
     shutil.rmtree(args.output_dir, ignore_errors=True)
     model.eval().half().save_pretrained(output_dir / "detector")
     ArtifactDetectorImageProcessor.for_detector(config).save_pretrained(output_dir / "detector")

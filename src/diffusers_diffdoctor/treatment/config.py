@@ -3,13 +3,12 @@
 
 import json
 import math
-import tempfile
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+
+from ..training import RunArguments
 
 
 LOWER_IS_BETTER = ("artifact_frequency", "max_confidence", "area_ratio", "loss")
@@ -19,12 +18,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass
-class PixelRewardConfig(TrainingArguments):
+class PixelRewardConfig(RunArguments):
     r"""
     Configuration of the [`PixelRewardTrainer`].
 
     It has only what is particular to treatment; everything else (batch size, steps, optimizer, schedule, logging,
-    checkpoints, evaluation strategy, Hub) is a [`~transformers.TrainingArguments`]. Where "paper" is said, the value is
+    checkpoints, evaluation strategy, Hub) is a [`~transformers.TrainingArguments`], or a
+    [`~diffusers_diffdoctor.training.RunArguments`] (stopping, overwriting). Where "paper" is said, the value is
     the one of arXiv 2501.12382; where "ours", the paper leaves it open.
 
     Parameters:
@@ -318,7 +318,6 @@ class PixelRewardConfig(TrainingArguments):
             raise ValueError(
                 "`pixel_weight` and `offline_weight` are both 0: nothing would be learnt. Raise one of them."
             )
-        _check_writable(self.output_dir)
 
 
 def _require(args: PixelRewardConfig, name: str, condition: bool, expected: str) -> None:
@@ -334,19 +333,3 @@ def _as_dict(value: dict[str, Any] | str) -> dict[str, Any]:
     if not isinstance(parsed, dict):
         raise ValueError(f"`pipeline_kwargs` is {value!r}, but must be a dictionary of arguments of the pipeline.")
     return parsed
-
-
-def _check_writable(output_dir: str) -> None:
-    """Hours of training must not end at a folder that cannot be written. Nothing is created yet."""
-    folder = Path(output_dir).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not existing.is_dir():
-        raise ValueError(f"`output_dir` is {output_dir!r}, but {str(existing)!r} is a file. Choose another folder.")
-    try:  # a real file: os.access says yes to root in folders that take none
-        with tempfile.TemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"`output_dir` is {output_dir!r}, but {str(existing)!r} cannot be written. Change its permissions or choose "
-            "another folder."
-        ) from error

@@ -29,8 +29,19 @@ from ..files import written_atomically
 from ..names import file_name
 from ..rollout.drift import without_adapter
 from ..seeds import derive_seed
+from ..training import RunTrainer
+from ..training.disk import disk_errors_tolerated
+from ..training.record import read_record
 from .adapter import add_lora, load_lora, lora_files, save_lora
-from .checkpoint import LIVE_LORA_FILE, describe_adapter, describe_base, describe_prompts, read_record, write_record
+from .checkpoint import (
+    LIVE_LORA_FILE,
+    RECORD_FILE,
+    check_same_adapter,
+    check_same_base,
+    describe_adapter,
+    describe_base,
+    describe_prompts,
+)
 from .config import DTYPES, PixelRewardConfig
 from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
 from .held_out import HeldOut
@@ -45,7 +56,6 @@ from .prepare import (
     load_pipeline,
     warn_of_idle_weights,
 )
-from .resuming import ResumableTrainer
 from .samples import RegularizationImages, read_prompts
 
 
@@ -55,7 +65,7 @@ if is_datasets_available():
 logger = logging.get_logger(__name__)
 
 
-class PixelRewardTrainer(ResumableTrainer):
+class PixelRewardTrainer(RunTrainer):
     """
     Trainer that teaches a diffusers pipeline, through a LoRA on its denoiser, not to make artifacts.
 
@@ -113,6 +123,20 @@ class PixelRewardTrainer(ResumableTrainer):
         "title": "DiffDoctor: Diagnosing Image Diffusion Models Before Treating",
         "id": "2501.12382",
     }
+    record_file = RECORD_FILE
+    outputs = (
+        "*lora_weights.safetensors",
+        "images/before_*.png",
+        "images/after_*.png",
+        "eval/step-*.png",
+        "eval-*/step-*.png",
+        "curves.png",
+        "training_report.html",
+        "report.html",
+        "report.json",
+        "report.png",
+        "plain/report.*",
+    )
     # `compute_loss` returns its share of the mean over all samples of the update
     loss_is_scaled_for_ga = True
 
@@ -364,7 +388,7 @@ class PixelRewardTrainer(ResumableTrainer):
         """Generate and judge on all processes, and log the figures."""
         start, was_training = time.time(), self.model.training
         self.model.eval()
-        samples = held_out.samples(treated, self.lora_step, self.accelerator)
+        samples = held_out.samples(treated, self.saved_step, self.accelerator)
         figures = mean_figures(samples)
         if self.image_metrics is not None:
             extra = [None]
@@ -384,10 +408,12 @@ class PixelRewardTrainer(ResumableTrainer):
 
     def _draw(self, held_out: HeldOut, prefix: str, name: str) -> None:
         if self.is_world_process_zero() and self.args.log_images:
-            picture = draw(*held_out.before_and_after(self.lora_step))
+            picture = draw(*held_out.before_and_after(self.saved_step))
             folder = Path(self.args.output_dir, file_name(prefix) + (f"-{file_name(name)}" if name else ""))
-            folder.mkdir(parents=True, exist_ok=True)
-            picture.save(folder / f"step-{self.state.global_step}.png")
+            with disk_errors_tolerated(folder, "The picture of this evaluation is left out."):
+                folder.mkdir(parents=True, exist_ok=True)
+                with written_atomically(folder / f"step-{self.state.global_step}.png") as unfinished:
+                    picture.save(unfinished)
             show_in_trackers(
                 self.callback_handler.callbacks, f"{_joined(prefix, name)}/images", picture, self.state.global_step
             )
@@ -446,7 +472,8 @@ class PixelRewardTrainer(ResumableTrainer):
         """Refresh `training_report.html` in the output folder."""
         if self.is_world_process_zero():
             title = f"Treatment of {self.base['pipeline'] or self.base['pipeline_class']}"
-            write_training_report(self.args.output_dir, self.state.log_history, title)
+            with disk_errors_tolerated(self.args.output_dir, "The report is left as it is."):
+                write_training_report(self.args.output_dir, self.state.log_history, title)
 
     # --- checkpoints ---------------------------------------------------------------------------------------------------------
 
@@ -460,6 +487,10 @@ class PixelRewardTrainer(ResumableTrainer):
             **super().record(),
         }
 
+    def check_record(self, folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+        check_same_base(folder, then["base"], now["base"])
+        check_same_adapter(folder, then["adapter"], now["adapter"])
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the LoRA in the format of diffusers and, when called by the user, the model card."""
         output_dir = output_dir if output_dir is not None else self.args.output_dir
@@ -471,14 +502,9 @@ class PixelRewardTrainer(ResumableTrainer):
             if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
+    def _save_weights(self, folder: Path) -> None:
         with self.averaged_weights():
             save_lora(self.pipeline, self.rollout.denoiser_name, folder)
-        write_record(folder, self.record())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """The trained weights, and their average if the checkpoint has one; else the average starts from them."""
@@ -487,7 +513,7 @@ class PixelRewardTrainer(ResumableTrainer):
         self._start_average()
         if (folder / LIVE_LORA_FILE).is_file():
             if self.average is not None:
-                self.average.optimization_step = read_record(folder)["average_updates"]
+                self.average.optimization_step = read_record(folder / RECORD_FILE)["average_updates"]
             self._load_lora(folder / LIVE_LORA_FILE)
 
     def _load_best_model(self) -> None:
@@ -495,7 +521,7 @@ class PixelRewardTrainer(ResumableTrainer):
         logger.info(f"Loading the best LoRA, of {folder} ({self.state.best_metric}).")
         self._load_lora(folder)
         self._start_average()
-        self._best_step = read_record(folder)["step"]
+        self._best_step = read_record(folder / RECORD_FILE)["step"]
 
     def _load_lora(self, path: Path) -> None:
         load_lora(self.rollout.denoiser, self.rollout.denoiser_name, path)
@@ -535,7 +561,7 @@ class PixelRewardTrainer(ResumableTrainer):
                 detector=any(hasattr(part, "detector") for part in self.reward.rewards),
                 offline=self.regularization is not None,
                 prompts=[row["prompt"] for row in self.train_dataset],
-                step=self.lora_step,
+                step=self.saved_step,
                 log_history=self.state.log_history,
                 images=self._shown() if self.final_report is None else ([], []),
                 report=self.final_report,
@@ -556,7 +582,7 @@ class PixelRewardTrainer(ResumableTrainer):
         """Held-out images before and after, by the LoRA as it is, if evaluations were logged."""
         evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
         first = next(iter(self.held_out.values()), None)
-        return first.before_and_after(self.lora_step) if evaluated and first is not None else ([], [])
+        return first.before_and_after(self.saved_step) if evaluated and first is not None else ([], [])
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         running, args = self.push_in_progress, self.args
@@ -586,7 +612,6 @@ class _AfterStep(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.final_report = None
-        self.trainer._settle_state()
         if state.global_step == 0 and args.eval_strategy != "no" and not args.eval_on_start:
             self.trainer._measure_untreated()
 

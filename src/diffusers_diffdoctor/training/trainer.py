@@ -1,0 +1,291 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""A `Trainer` whose runs can be killed, stopped, resumed and repeated without losing or mixing anything."""
+
+import shutil
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer
+from transformers.trainer_callback import ExportableState, TrainerState
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
+
+from ..files import only_run
+from .checkpoints import (
+    check_whole,
+    checkpoints,
+    damage,
+    last_checkpoint,
+    remove_checkpoint,
+    rotate,
+    seal,
+)
+from .disk import disk_errors_named
+from .journal import METRICS, Journal
+from .record import (
+    apply_settings,
+    check_position,
+    check_same_optimizer,
+    describe_optimizer,
+    differences,
+    read_record,
+    write_record,
+)
+from .stopping import StopSignals
+
+
+STATE = "trainer_state.json"
+
+logger = logging.get_logger(__name__)
+
+
+class RunTrainer(Trainer):
+    """What [`PixelRewardTrainer`] and [`ArtifactDetectorTrainer`] have in common: how a run is saved, stopped and continued.
+
+    - A checkpoint counts once its manifest is written, see `checkpoints`. A resumed run continues the last whole one.
+    - A resumed run does what its arguments say from its first step on; see `record` for what is compared.
+    - One run writes into an output folder at a time. A folder with another run in it is refused, or cleared where
+      `overwrite_output_dir` says so.
+    - SIGTERM and SIGINT save a checkpoint, see `stopping`.
+    - `training_args.bin`, which holds the token in clear, is not written.
+
+    Subclasses say in `record` what a checkpoint must share with the run that continues it, and compare it in
+    `check_record`; `record_file` is where it lies, `outputs` what else they write. They set `_best_step` where they load
+    the best weights.
+    """
+
+    record_file = "training.json"
+    # what a run writes into its output folder, as patterns; what a new run there must not be mixed with
+    outputs: tuple[str, ...] = ()
+
+    _best_step: int | None = None  # step of the weights that `load_best_model_at_end` has loaded
+    _optimizer_as_asked: dict[str, Any] | None = None
+    _resumed: dict[str, Any] | None = None  # the record of the checkpoint that is continued
+    _signals: StopSignals | None = None
+    _saved_step: int | None = None
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._journal = Journal(self.args.output_dir)
+
+    # --- what a run is -------------------------------------------------------------------------------------------------------
+
+    @property
+    def saved_step(self) -> int:
+        """The step whose weights the model has: the last one, or the best one where it was loaded at the end."""
+        return self.state.global_step if self._best_step is None else self._best_step
+
+    def record(self) -> dict[str, Any]:
+        """What is written beside the weights, and compared when a run resumes."""
+        return {
+            "step": self.saved_step,
+            "optimizer": self._optimizer_as_asked,
+            "schedule": None if self.lr_scheduler is None else type(self.lr_scheduler).__name__,
+            "samples_per_update": self.get_total_train_batch_size(self.args),
+            "processes": self.args.world_size,
+            "args": self.args.to_sanitized_dict(),
+        }
+
+    def check_record(self, folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+        """Raise a `ValueError` where a run recorded as `now` cannot continue the checkpoint in `folder`, recorded as `then`."""
+
+    # --- training ------------------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As in [`~transformers.Trainer`]; `resume_from_checkpoint=True` takes the last checkpoint that is whole, and `"auto"`
+        too, but begins anew where there is none yet: for a job that its scheduler starts again and again.
+
+        A resumed run does what its arguments say from its first step on: a changed learning rate, schedule or optimizer
+        setting is the one used, at the checkpoint's position. Differing arguments are logged.
+
+        Raises:
+            ValueError: the checkpoint is damaged or cannot be continued, or the output folder holds another run.
+            RuntimeError: another process runs in the output folder.
+            KeyboardInterrupt, SystemExit: after SIGINT or SIGTERM, when a checkpoint was saved; see `stop_grace`.
+            OSError: the disk is full; it is named.
+        """
+        with only_run(self.args.output_dir) if self.is_world_process_zero() else nullcontext():
+            self._best_step = self._resumed = self._saved_step = None
+            folder = resume_from_checkpoint or None
+            again = folder == "auto"
+            if again and all(damage(path) for path in checkpoints(self.args.output_dir).values()):
+                folder = None
+            elif again or folder is True:
+                folder = last_checkpoint(self.args.output_dir)
+            if folder is None:
+                self._take_over(None, again)
+            else:
+                folder = Path(folder)
+                check_whole(folder)
+                then, now = read_record(folder / self.record_file), self.record()
+                self.check_record(folder, then, now)
+                check_position(folder, then, now, self.args.ignore_data_skip)
+                state = TrainerState.load_from_json(str(folder / STATE))
+                self._take_over(state.global_step)
+                # the parent would take one more step in an epoch half done
+                if 0 < self.args.max_steps <= state.global_step:
+                    logger.warning(f"Nothing to train: {folder} has all of {self.args.max_steps} steps.")
+                    self._load_from_checkpoint(str(folder))
+                    self.state = state
+                    return TrainOutput(state.global_step, 0.0, {})
+                self._resumed = then
+                differing = differences(then, now)
+                if differing:
+                    logger.warning(f"Resuming otherwise than {folder}: {'; '.join(differing)}.")
+                self._journal.replace()
+            with StopSignals(self.args.stop_grace) as self._signals:
+                return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
+
+    def _take_over(self, step: int | None, again: bool = False) -> None:
+        """Make sure that what lies in the output folder is of this run, which begins (None) or goes on after `step`.
+
+        A run that begins `again` may clear what was left by an earlier attempt, but not the weights of one that ended well.
+        """
+        if not self.is_world_process_zero():
+            return
+        output_dir, later = Path(self.args.output_dir), []
+        for number, folder in checkpoints(output_dir).items():
+            if step is not None and number > step and damage(folder) is not None:
+                remove_checkpoint(folder)  # it was named when the last whole one was looked for
+            elif step is None or number > step:
+                later.append(folder)
+        if step is None:
+            others = {
+                path for pattern in (METRICS, self.record_file, *self.outputs) for path in output_dir.glob(pattern)
+            }
+            later += sorted(others - {self._journal.path} if self._journal.ours else others)
+        if not later:
+            return
+        names = ", ".join(path.relative_to(output_dir).as_posix() for path in later[:3]) + ", ..." * (len(later) > 3)
+        again = again and not (output_dir / self.record_file).exists()
+        if not (self.args.overwrite_output_dir or again):
+            what = "an earlier run" if step is None else f"a run that went on after step {step}"
+            raise ValueError(
+                f"`output_dir` is {self.args.output_dir!r}, which holds {what} ({names}). Continue that with "
+                "`resume_from_checkpoint=True`, choose another folder, or pass `overwrite_output_dir=True` "
+                "(--overwrite_output_dir) to remove what is there."
+            )
+        logger.warning(f"Removing what an earlier run left in {self.args.output_dir}: {names}.")
+        for path in later:
+            if path.is_dir():
+                remove_checkpoint(path) if path.name.startswith("checkpoint-") else shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _init_training_state(self, max_steps, *args, **kwargs):
+        result = super()._init_training_state(max_steps, *args, **kwargs)
+        if self._resumed is not None:
+            self._settle_state(max_steps)
+        return result
+
+    def _settle_state(self, max_steps: int) -> None:
+        """A resumed state brings the intervals of its checkpoint, and a best value by the metric of its checkpoint."""
+        self.state.compute_steps(self.args, max_steps)
+        now, names = self.args.to_sanitized_dict(), ("metric_for_best_model", "greater_is_better")
+        if any(self._resumed["args"].get(name) != now[name] for name in names):
+            self.state.best_metric = self.state.best_global_step = None
+        elif self.state.best_global_step:  # files hold the step alone: folders move, and their paths are private
+            best = Path(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if self._optimizer_as_asked is None:
+            self._optimizer_as_asked = describe_optimizer(self.optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None:
+            return
+        then, now = self._resumed, self.record()
+        check_same_optimizer(then, now, self.lr_scheduler)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        apply_settings(
+            self.optimizer, self.lr_scheduler, then["optimizer"]["groups"], self._optimizer_as_asked["groups"]
+        )
+
+    def _load_scaler(self, checkpoint):
+        if self.accelerator.scaler is not None:  # none where a run in float16 goes on in float32
+            super()._load_scaler(checkpoint)
+
+    # --- saving --------------------------------------------------------------------------------------------------------------
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, *args, **kwargs):
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        received = self._signal_of_all()
+        if received:
+            if self._saved_step != self.state.global_step:
+                self._save_checkpoint(model, trial)
+            if self.is_world_process_zero():
+                logger.warning(
+                    f"Stopped at step {self.state.global_step}. Resume from there with `resume_from_checkpoint=True` "
+                    "(--resume_from_checkpoint true)."
+                )
+            # not by `should_training_stop`: the parent would load the best weights and tidy up, as at a run's real end
+            raise KeyboardInterrupt if received == StopSignals.INTERRUPT else SystemExit(128 + received)
+
+    def _signal_of_all(self) -> int:
+        """The signal that any process has got, or 0: all of them end at the same step."""
+        received = self._signals.received or 0
+        if self.args.world_size > 1:
+            flag = torch.tensor([received], device=self.args.device)
+            received = int(self.accelerator.gather(flag).max())
+        return received
+
+    def _save_checkpoint(self, model, trial):
+        """The parent's; then the manifest, and only then what needs a whole checkpoint: the push, and deleting older ones."""
+        args, run_dir = self.args, Path(self._get_output_dir(trial))
+        folder = run_dir / f"checkpoint-{self.state.global_step}"
+        if args.should_save:  # a mixture of this run and an earlier one would look whole
+            remove_checkpoint(folder)
+        self.accelerator.wait_for_everyone()
+        # The parent appends to the list of a class with several callbacks, and fails at one that the checkpoint had not.
+        callbacks = [c for c in [*self.callback_handler.callbacks, self.control] if isinstance(c, ExportableState)]
+        self.state.stateful_callbacks = {type(callback).__name__: [] for callback in callbacks}
+        pushes, args.push_to_hub = args.push_to_hub, False
+        limit, args.save_total_limit = args.save_total_limit, None
+        remedy = "Make room and resume with `resume_from_checkpoint=True`; earlier checkpoints are untouched."
+        try:
+            with disk_errors_named(folder, remedy):
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()  # every process has written its random state
+                if args.should_save:
+                    best, self.state.best_model_checkpoint = self.state.best_model_checkpoint, None
+                    self.state.save_to_json(str(folder / STATE))
+                    self.state.best_model_checkpoint = best
+                    seal(folder)
+        except OSError:
+            if args.should_save:
+                remove_checkpoint(folder)
+            raise
+        finally:
+            args.push_to_hub, args.save_total_limit = pushes, limit
+        self._saved_step = self.state.global_step
+        if pushes:
+            self._push_from_checkpoint(str(folder))
+        if args.should_save:
+            rotate(run_dir, limit, keep=[self.state.best_model_checkpoint])
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights, processing class and the record, without `training_args.bin`."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        with disk_errors_named(
+            folder, "Make room, then save again: the weights are in memory until the process ends."
+        ):
+            self._save_weights(folder)
+            write_record(folder / self.record_file, self.record())
+
+    def _save_weights(self, folder: Path) -> None:
+        """Write the weights and all that loading them needs into an existing folder."""
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if self.is_world_process_zero():
+            self._journal.write(self.state.log_history)
