@@ -327,6 +327,10 @@ LOCK, RUNNING = ".diffdoctor.lock", ".diffdoctor.running"  # that a folder is wr
 _HELD: dict[Path, int] = {}  # folders of this process, and how often
 
 
+class FolderInUse(RuntimeError):
+    """Another process writes into the folder."""
+
+
 @contextmanager
 def only_run(folder: str | os.PathLike) -> Iterator[None]:
     """Context in which no other process that asks for it writes into the folder. The same process may ask again inside.
@@ -334,7 +338,7 @@ def only_run(folder: str | os.PathLike) -> Iterator[None]:
     The system frees the lock of a process that is killed. On a file system without locks nothing is locked.
 
     Raises:
-        RuntimeError: another process has the folder; it is named.
+        FolderInUse: another process has the folder; it is named.
     """
     folder = Path(os.path.realpath(folder))
     if folder in _HELD:
@@ -349,7 +353,7 @@ def only_run(folder: str | os.PathLike) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise RuntimeError(
+        raise FolderInUse(
             f"{str(folder)!r} is in use by {_named(who)}. Wait until it has ended, or choose another folder."
         ) from None
     except (NotImplementedError, OSError):  # a file system without locks

@@ -4,6 +4,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -13,7 +15,7 @@ import torch
 from PIL import Image
 
 from diffusers_diffdoctor.evaluation import diagnose_images
-from diffusers_diffdoctor.files import SEARCHED_ALREADY, find_images
+from diffusers_diffdoctor.files import SEARCHED_ALREADY, FolderInUse, find_images, only_run
 
 
 class RedDetector(torch.nn.Module):
@@ -261,6 +263,56 @@ def test_images_that_vanish_after_they_were_read_stay_in_the_report(folder, tmp_
     assert diagnose(folder, tmp_path / "out")["dropped"] == 1
 
 
+def test_a_folder_that_another_process_writes_to_is_refused(folder, tmp_path):
+    out = tmp_path / "out"
+    (ready, tell), (wait, go_on) = os.pipe(), os.pipe()
+    other = os.fork()
+    if not other:
+        try:
+            with only_run(out):
+                os.write(tell, b"!")
+                os.read(wait, 1)
+        finally:
+            os._exit(0)
+    try:
+        assert os.read(ready, 1)
+        with pytest.raises(FolderInUse, match=rf"in use by process {other} on"):
+            diagnose(folder, out)
+        assert not (out / "settings.json").exists()
+    finally:
+        os.write(go_on, b"!")
+        os.waitpid(other, 0)
+        for end in (ready, tell, wait, go_on):
+            os.close(end)
+    assert diagnose(folder, out)["diagnosed"] == 6
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0 or sys.platform != "linux", reason="mounts a tiny disk")
+def test_a_full_disk_is_named_and_costs_nothing_that_was_done(folder, tmp_path):
+    for index in range(20):
+        save(folder / f"more {index}.png", index)
+    out = tmp_path / "small disk"
+    out.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "none", out], capture_output=True).returncode:
+        pytest.skip("no right to mount")
+    try:
+        done = 0
+        for size in (40, 60, 80, 1000):  # a little more room each time
+            subprocess.run(["mount", "-o", f"remount,size={size}k", out], check=True)
+            try:
+                result = diagnose(folder, out, batch_size=1)
+            except OSError as error:
+                assert re.search(
+                    r"small disk cannot be written .*MB are free.* run the same command again", str(error)
+                )
+                lines = (out / "diagnosis.jsonl").read_bytes().count(b"\n")
+                assert lines > done
+                done = lines
+        assert (result["diagnosed"], result["resumed"]) == (26, done) and 0 < done < 26
+    finally:
+        subprocess.run(["umount", out], check=True)
+
+
 def test_leftovers_of_killed_writers_are_no_harm(folder, tmp_path):
     """Nor do images that are named like them."""
     for name in ("_partial-x.png", ".a.unfinished.png", ".diagnosis.jsonl.unfinished.png", "-.png", "..x.png"):
@@ -345,7 +397,7 @@ def test_its_own_output_is_not_searched(folder):
     os.symlink(folder, folder / "loop")
     os.symlink(folder / "out", folder / "other name")
     looped = diagnose(folder, folder / "out")
-    assert looped["found"] - 1 == 10 + 12 + 5 and looped["skipped_reasons"][SEARCHED_ALREADY] == 1
+    assert looped["found"] - 1 == 10 + 12 + 6 and looped["skipped_reasons"][SEARCHED_ALREADY] == 1
 
 
 def test_a_file_counts_once(folder):

@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..evaluation.diagnosis import diagnose_images, written_to
-    from ..files import find_images
+    from ..files import FolderInUse, find_images
 
     find_images(args.paths, excluded=written_to(args.output))  # a wrong path is said before a detector is loaded
     if args.detector is None:
@@ -81,6 +81,8 @@ def run(args: argparse.Namespace) -> int:
             restart=args.restart,
             workers=args.workers,
         )
+    except FolderInUse as error:
+        raise ValueError(f"`--output`: {error}") from error
     except KeyboardInterrupt:
         print(f"\nStopped. What is done is kept in {args.output}: run the same command again to continue.")
         return 130

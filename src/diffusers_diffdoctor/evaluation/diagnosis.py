@@ -15,7 +15,17 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..detector.tiling import tiled_confidence
-from ..files import digest, find_images, unfinished_at, write_atomically, written_atomically
+from ..files import (
+    LOCK,
+    RUNNING,
+    Found,
+    digest,
+    find_images,
+    only_run,
+    unfinished_at,
+    write_atomically,
+    written_atomically,
+)
 from ..images import read_image, to_image_tensor
 from .metrics import area_ratio, max_confidence, wilson_interval
 from .pictures import heatmap_overlay, image_grid, to_pil
@@ -25,7 +35,7 @@ from .report import Figure, Picture, Section, Table, html_report
 SETTINGS, DIAGNOSIS, BEST = "settings.json", "diagnosis.jsonl", "best.jsonl"
 QUARANTINE, SKIPPED = "quarantine.jsonl", "skipped.jsonl"
 REPORT, OVERLAYS = "report.html", "overlays"
-WRITTEN = (SETTINGS, DIAGNOSIS, BEST, QUARANTINE, SKIPPED, REPORT, OVERLAYS)
+WRITTEN = (SETTINGS, DIAGNOSIS, BEST, QUARANTINE, SKIPPED, REPORT, OVERLAYS, LOCK, RUNNING)
 
 # a row of the journal: what is written, and all that is believed when it is read again
 ROW = {
@@ -94,7 +104,8 @@ def diagnose_images(
 
     Raises:
         ValueError: no image found, or the folder holds a diagnosis with other settings.
-        OSError: a path does not exist, or the output folder cannot be written.
+        OSError: a path does not exist, or the output folder cannot be written, or its disk is full: what is done is kept.
+        FolderInUse: another process, which is named, diagnoses into the folder.
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"`threshold` must be in (0, 1], found {threshold}.")
@@ -103,14 +114,42 @@ def diagnose_images(
             raise ValueError(f"`{name}` must be at least {least}, found {value}.")
     output_dir = Path(output_dir)
     found = find_images(paths, excluded=written_to(output_dir))
-    files = found.images
     _prepare_folder(output_dir)
-    settings = {
-        "detector": detector_name,
-        "weights_sha256": fingerprint(detector),
-        "threshold": threshold,
-        "tile": tile,
-    }
+    with only_run(output_dir):
+        settings = {
+            "detector": detector_name,
+            "weights_sha256": fingerprint(detector),
+            "threshold": threshold,
+            "tile": tile,
+        }
+        options = {"batch_size": batch_size, "top_k": top_k, "restart": restart, "workers": workers}
+        options |= {"report_images": report_images, "show_progress": show_progress}
+        try:
+            return _diagnose(found, output_dir, detector, settings, **options)
+        except OSError as error:  # of writing: those of reading are in the quarantine
+            from ..training.disk import describe, is_of_the_disk  # takes a second
+
+            if not is_of_the_disk(error):
+                raise
+            remedy = "What is done is kept: make room and run the same command again."
+            raise OSError(error.errno, f"{describe(output_dir, error)}. {remedy}") from error
+
+
+def _diagnose(
+    found: Found,
+    output_dir: Path,
+    detector: torch.nn.Module,
+    settings: Mapping,
+    *,
+    batch_size: int,
+    top_k: int,
+    restart: bool,
+    workers: int,
+    report_images: int,
+    show_progress: bool,
+) -> dict:
+    """[`diagnose_images`], with the folder ours."""
+    files, threshold, tile = found.images, settings["threshold"], settings["tile"]
     earlier, damaged_lines = _resume(output_dir, settings, restart)
     wanted = {str(file) for file in files}
     done = {path: row for path, row in earlier.items() if path in wanted and _is_current(row, output_dir)}
