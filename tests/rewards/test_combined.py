@@ -102,6 +102,55 @@ def test_every_reward_keeps_a_name_of_its_own():
     assert list(combined(torch.rand(1, 3, 4, 4), [""]).parts) == combined.names
 
 
+def unfrozen(images, prompts):
+    return torch.nn.Conv2d(3, 1, 3)(images.detach()).mean(dim=(1, 2, 3))
+
+
+def constant(images, prompts):
+    return torch.ones(len(images))
+
+
+@torch.no_grad()
+def not_tracked(images, prompts):
+    return brightness(images, prompts)
+
+
+def in_numpy(images, prompts):
+    return torch.from_numpy(images.detach().numpy().mean(axis=(1, 2, 3)))
+
+
+@pytest.mark.parametrize("blind", [unfrozen, constant, not_tracked, in_numpy])
+def test_a_reward_without_gradient_is_refused_among_others_too(blind):
+    images = 2 * torch.rand(2, 3, 4, 4, requires_grad=True)
+    for rewards in ([blind], [brightness, blind], [blind, Redness()]):
+        with pytest.raises(ValueError, match=f"The reward `{blind.__name__}` gives no gradient"):
+            CombinedReward(rewards)(images, ["", ""])
+    output = CombinedReward([brightness, blind], [1.0, 0.0])(images, ["", ""])  # a metric
+    torch.testing.assert_close(output.loss, -brightness(images, None))
+    assert set(output.parts) == {"brightness", blind.__name__}
+    with torch.no_grad():  # an evaluation
+        assert len(CombinedReward([blind])(images, ["", ""]).loss) == 2
+    assert len(CombinedReward([blind])(images.detach(), ["", ""]).loss) == 2
+
+
+def test_a_reward_that_selects_nothing_has_a_gradient_of_zero():
+    images = (torch.rand(2, 3, 4, 4) / 100).requires_grad_()
+    output = CombinedReward([Redness()], threshold=0.5)(images, ["", ""])
+    output.loss.sum().backward()
+    assert output.loss.tolist() == [0, 0] and not images.grad.any()
+
+
+def test_what_a_metric_cannot_say_is_in_no_sum():
+    def nothing(images, prompts):
+        return torch.full((len(images),), float("nan"))
+
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    output = CombinedReward([brightness, nothing], [1.0, 0.0])(images, ["", ""])
+    assert output.loss.isfinite().all() and output.score.isfinite().all() and output.parts["nothing"].isnan().all()
+    output = CombinedReward([nothing], [0.0])(images, ["", ""])
+    assert output.loss.tolist() == output.score.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

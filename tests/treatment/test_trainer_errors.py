@@ -144,6 +144,20 @@ def test_a_corrupt_regularization_image_stops_training_and_is_named(tmp_path):
         tiny_trainer(tmp_path / "run", parts={"regularization_dataset": dataset}).train()
 
 
+def test_a_reward_without_gradient_is_refused_beside_an_offline_loss(tmp_path):
+    def sharpness(images, prompts):
+        return images.detach().diff().abs().mean(dim=(1, 2, 3))
+
+    parts = {"reward_funcs": [tiny_detector(), sharpness]}
+    trainer = tiny_trainer(tmp_path, parts=parts)
+    start = lora_of(trainer)
+    with pytest.raises(ValueError, match="The reward `sharpness` gives no gradient"):
+        trainer.train()
+    assert_same(lora_of(trainer), start)
+    tiny_trainer(tmp_path, parts=parts, reward_weights=[1.0, 0.0], max_steps=1).train()
+    tiny_trainer(tmp_path, parts={"reward_funcs": sharpness}, pixel_weight=0.0, max_steps=1).train()
+
+
 class BreaksOnce(torch.nn.Module):
     """Scores that are not a number for the second image of the second update."""
 

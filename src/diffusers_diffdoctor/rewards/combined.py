@@ -45,10 +45,12 @@ class CombinedReward(nn.Module):
         **kwargs: for [`as_reward`].
 
     Calling it with images and prompts returns a [`RewardOutput`]: loss and score are the weighted sums (the score
-    detached), the map is the first that any of them gives, and `parts` has the scores of several rewards.
+    detached), the map is the first that any of them gives, and `parts` has the scores of several rewards. A reward of weight
+    0 is scored without gradient and has no share in the loss: a metric.
 
     Raises:
-        ValueError: no reward, another number of weights than of rewards, or a weight that is not finite.
+        ValueError: no reward, another number of weights than of rewards, or a weight that is not finite; and of a call, images
+            that require a gradient and a reward of another weight than 0 whose loss has none with respect to them.
     """
 
     def __init__(self, rewards: Sequence[Any], weights: Sequence[float] | None = None, **kwargs):
@@ -72,10 +74,42 @@ class CombinedReward(nn.Module):
             self.names.append(name)
 
     def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
-        outputs = [reward(images, prompts) for reward in self.rewards]
+        differentiated = torch.is_grad_enabled() and images.requires_grad
+        outputs = []
+        for name, weight, reward in zip(self.names, self.weights, self.rewards):
+            with torch.set_grad_enabled(differentiated and weight != 0):
+                output = reward(images, prompts)
+            if differentiated and weight != 0 and not _depends_on(output.loss, images):
+                raise ValueError(
+                    f"The reward `{name}` gives no gradient: its loss does not depend on the images in a way that can be "
+                    "differentiated (detached, constant, or computed under `no_grad` or in another library), so nothing would "
+                    "be learnt from it. Compute it from `images` with torch, also where it has nothing to say "
+                    "(`0 * images.mean(dim=(1, 2, 3))`), or set its entry in `reward_weights` to 0 to log it only."
+                )
+            outputs.append(output)
+        # not times 0, which would let a metric's nan through
+        weighted = [(weight, output) for weight, output in zip(self.weights, outputs) if weight != 0]
+        nothing = images.new_zeros(len(images))
         return RewardOutput(
-            loss=sum(weight * output.loss for weight, output in zip(self.weights, outputs)),
-            score=sum(weight * output.score.detach() for weight, output in zip(self.weights, outputs)),
+            loss=sum(weight * output.loss for weight, output in weighted) if weighted else nothing,
+            score=sum(weight * output.score.detach() for weight, output in weighted) if weighted else nothing,
             map=next((output.map for output in outputs if output.map is not None), None),
             parts={name: output.score.detach() for name, output in zip(self.names, outputs)} if outputs[1:] else {},
         )
+
+
+def _depends_on(loss: torch.Tensor, images: torch.Tensor) -> bool:
+    """Whether a backward pass from the loss comes to the images. That the loss requires a gradient does not say it: a model
+    that nobody froze gives it one, of detached images too."""
+    if loss is images:
+        return True
+    goal, todo, seen = images.grad_fn, [loss.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        if node is goal or getattr(node, "variable", None) is images:
+            return True
+        seen.add(node)
+        todo += [function for function, _ in node.next_functions]
+    return False

@@ -281,7 +281,8 @@ class PixelRewardTrainer(RunTrainer):
         seeds = [derive_seed(args.seed, "rollout", position) for position in inputs["position"]]
         regularization = self._regularization_batch(inputs["offline_position"])
         rollout = model(prompts=prompts, seeds=seeds, drift=args.drift_weight > 0, **regularization)
-        reward = self.reward(rollout.images.float(), prompts)
+        with torch.set_grad_enabled(args.pixel_weight > 0):  # else it is for the log only, and needs no gradient
+            reward = self.reward(rollout.images.float(), prompts)
         self._stop_if_not_finite("pixel", reward.loss, prompts, seeds)
         # DDP averages the gradients of the processes, so each takes its sum times their number over the count of all.
         world = self.accelerator.num_processes
