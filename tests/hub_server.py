@@ -13,9 +13,13 @@ binary files travel by LFS only, and an LFS object whose bytes do not hash to it
 import base64
 import hashlib
 import json
+import math
 import re
+import socket
+import struct
 import threading
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import PurePosixPath
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -40,6 +44,16 @@ class HubError(Exception):
         self.status, self.code, self.body = status, code, body
 
 
+@dataclass
+class Fault:
+    """What goes wrong with a request whose "METHOD /path" has `pattern` in it: a status, "reset" (the connection breaks) or
+    "silence" (it stays open, and nothing comes)."""
+
+    pattern: str
+    kind: int | str
+    times: float = math.inf
+
+
 class Hub:
     """The store: repositories as lists of commits, large objects by their sha256, and a log of requests."""
 
@@ -49,6 +63,8 @@ class Hub:
         self.objects = {}  # sha256 -> bytes
         self.requests = []  # "METHOD /path", in order of arrival
         self.lock = threading.RLock()
+        self.faults = []  # `Fault`s, the first that matches is taken
+        self.closing = threading.Event()
 
     def files(self, repo_id: str, revision: str = "main") -> dict[str, bytes]:
         """What a repository holds at a revision: {path: bytes}."""
@@ -288,9 +304,20 @@ class _Handler(BaseHTTPRequestHandler):
         self.body, self.query, self.headers_out = self.read_body(), parse_qs(url.query), {}
         self.endpoint = self.server.endpoint
         method = "GET" if self.command == "HEAD" else self.command
+        fault = self.next_fault(hub, f"{self.command} {url.path}")
+        if fault is not None and fault.kind == "silence":
+            hub.closing.wait()
+        if fault is not None and isinstance(fault.kind, str):
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
+            return
         with hub.lock:
             hub.requests.append(f"{self.command} {url.path}")
             try:
+                if fault is not None:
+                    self.headers_out |= {"Retry-After": "0"} if fault.kind == 429 else {}
+                    raise HubError(fault.kind, f"A fault of the test, {fault.kind}")
                 status, result = 200, self.dispatch(hub, method, url.path)
             except HubError as error:
                 status, result = error.status, {"error": str(error), **error.body}
@@ -308,6 +335,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def next_fault(self, hub, request):
+        with hub.lock:
+            for fault in hub.faults:
+                if fault.times > 0 and re.search(fault.pattern, request):
+                    fault.times -= 1
+                    hub.requests.append(f"{request} -> {fault.kind}")
+                    return fault
+        return None
 
     def dispatch(self, hub, method, path):
         for wanted, pattern, writes, function in ROUTES:
@@ -333,6 +369,7 @@ def serve():
     try:
         yield hub
     finally:
+        hub.closing.set()
         server.shutdown()
         server.server_close()
         thread.join()

@@ -37,7 +37,7 @@ def test_everything_runs_on_a_cpu_by_default(tmp_path):
 def test_every_field_is_documented():
     lists = re.findall(r"^ {4}(\w[\w, ]*) \(`", inspect.getdoc(PixelRewardConfig), re.M)
     documented = {name for names in lists for name in names.split(", ")}
-    of_runs = {"overwrite_output_dir", "stop_grace"}  # documented by `RunArguments`
+    of_runs = {"overwrite_output_dir", "stop_grace", "push_timeout"}  # documented by `RunArguments`
     assert documented == OWN_FIELDS - of_runs | {"gradient_checkpointing"}
     for field in dataclasses.fields(PixelRewardConfig):
         assert field.metadata.get("help"), field.name

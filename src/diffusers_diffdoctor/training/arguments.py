@@ -25,6 +25,10 @@ class RunArguments(TrainingArguments):
             Seconds, at least 0, in which a run that gets SIGTERM or SIGINT (Ctrl-C) finishes its update and saves a checkpoint.
             When they are over, or at a second signal, it ends at once; the last whole checkpoint stays.
 
+        push_timeout (`float`, *optional*, defaults to 1800):
+            Seconds, above 0, that an upload to the Hub may take, and that a finished run waits for those under way. What has not
+            arrived then is told with the command that repeats it; a run never fails because of a push.
+
     [`to_dict`](RunArguments.to_dict), and with it what is written into records, reports and trackers, shortens local paths and
     leaves tokens out.
 
@@ -40,8 +44,15 @@ class RunArguments(TrainingArguments):
         metadata={"help": "Seconds to finish the update and save a checkpoint after SIGTERM or SIGINT (ours)."},
     )
 
+    push_timeout: float = field(
+        default=1800.0,
+        metadata={"help": "Seconds that an upload to the Hub may take, and that a finished run waits for it (ours)."},
+    )
+
     def __post_init__(self):
         super().__post_init__()
+        if not (math.isfinite(self.push_timeout) and self.push_timeout > 0):
+            raise ValueError(f"`push_timeout` is {self.push_timeout!r}, but must be finite seconds, above 0.")
         if not (math.isfinite(self.stop_grace) and self.stop_grace >= 0):
             raise ValueError(f"`stop_grace` is {self.stop_grace!r}, but must be finite seconds, at least 0.")
         _check_writable(self.output_dir)

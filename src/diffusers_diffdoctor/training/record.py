@@ -29,6 +29,7 @@ NOT_COMPARED = {
     "local_rank",
     "overwrite_output_dir",
     "stop_grace",
+    "push_timeout",
 }
 
 

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from ..files import only_run
 from .checkpoints import (
+    MANIFEST,
     check_whole,
     checkpoints,
     damage,
@@ -22,8 +23,9 @@ from .checkpoints import (
     rotate,
     seal,
 )
-from .disk import disk_errors_named
+from .disk import disk_errors_named, disk_errors_tolerated
 from .journal import METRICS, Journal
+from .pushing import NOT_UPLOADED, Pusher, may_pass, publish, reason
 from .record import (
     apply_settings,
     check_position,
@@ -37,6 +39,7 @@ from .stopping import StopSignals
 
 
 STATE = "trainer_state.json"
+PRIVATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*", STATE, MANIFEST)  # that only resuming needs
 
 logger = logging.get_logger(__name__)
 
@@ -49,6 +52,7 @@ class RunTrainer(Trainer):
     - One run writes into an output folder at a time. A folder with another run in it is refused, or cleared where
       `overwrite_output_dir` says so.
     - SIGTERM and SIGINT save a checkpoint, see `stopping`.
+    - A push that fails or hangs costs nothing but itself, see `pushing`.
     - `training_args.bin`, which holds the token in clear, is not written.
 
     Subclasses say in `record` what a checkpoint must share with the run that continues it, and compare it in
@@ -59,12 +63,15 @@ class RunTrainer(Trainer):
     record_file = "training.json"
     # what a run writes into its output folder, as patterns; what a new run there must not be mixed with
     outputs: tuple[str, ...] = ()
+    # of the files that subclasses write into a checkpoint, those that only resuming needs
+    private: tuple[str, ...] = ()
 
     _best_step: int | None = None  # step of the weights that `load_best_model_at_end` has loaded
     _optimizer_as_asked: dict[str, Any] | None = None
     _resumed: dict[str, Any] | None = None  # the record of the checkpoint that is continued
     _signals: StopSignals | None = None
     _saved_step: int | None = None
+    _pusher: Pusher | None = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -265,7 +272,8 @@ class RunTrainer(Trainer):
         if pushes:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
-            rotate(run_dir, limit, keep=[self.state.best_model_checkpoint])
+            uploading = [] if self._pusher is None else self._pusher.folders
+            rotate(run_dir, limit, keep=[self.state.best_model_checkpoint, *uploading])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights, processing class and the record, without `training_args.bin`."""
@@ -284,6 +292,98 @@ class RunTrainer(Trainer):
         self.accelerator.unwrap_model(self.model).save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+
+    # --- sharing -------------------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository, or find it.
+
+        Raises:
+            ValueError: it cannot be written with this token, or the Hub does not answer.
+        """
+        if not self.is_world_process_zero():
+            return
+        try:
+            super().init_hf_repo(token, private)
+        except Exception as error:  # of the client's transport, which differs between its versions
+            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            remedy = (
+                "Try again later, or train without `push_to_hub` and call `trainer.push_to_hub()` then."
+                if may_pass(error)
+                else "Log in with `hf auth login`, pass a `hub_token` that may write there, or another `hub_model_id`."
+            )
+            raise ValueError(
+                f"`push_to_hub`: {name!r} cannot be created or found on the Hub: {reason(error)}. {remedy}"
+            ) from error
+
+    def _uploads(self, token: str | None = None) -> Pusher:
+        if self._pusher is None:
+            self._pusher = Pusher(self.hub_model_id, token or self.args.hub_token, self.args.push_timeout)
+        return self._pusher
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Upload the weights and pages of the output folder, and the checkpoint where `hub_strategy` says so."""
+        args = self.args
+        if not self.is_world_process_zero() or args.hub_strategy == "end":
+            return
+        with disk_errors_tolerated(args.output_dir, "This save is not pushed."):
+            publish(checkpoint_folder, args.output_dir, (*PRIVATE, *self.private))
+            self.create_model_card()
+            pusher = self._uploads()
+            if pusher.is_busy and not args.hub_always_push:
+                return
+            self.callback_handler.on_push_begin(args, self.state, self.control)
+            message = f"Training in progress, step {self.state.global_step}"
+            pusher.push(args.output_dir, message, revision=args.hub_revision, ignored=NOT_UPLOADED)
+            if args.hub_strategy in ("checkpoint", "all_checkpoints"):
+                name = "last-checkpoint" if args.hub_strategy == "checkpoint" else Path(checkpoint_folder).name
+                pusher.push(checkpoint_folder, message, path_in_repo=name, revision=args.hub_revision)
+
+    def _finish_current_push(self) -> None:
+        if self._pusher is not None:
+            self._pusher.finish()
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        Upload the weights, the card and the reports of the output folder. Never fails for what the network does: it tells what
+        did not arrive, and the command that repeats the push.
+
+        Args:
+            commit_message, token, revision, private: as in [`~transformers.Trainer`].
+            blocking (`bool`, *optional*, defaults to `True`): wait for the upload, at most `push_timeout` seconds.
+            **kwargs: of `create_model_card`.
+
+        Returns:
+            the commit's information, None if it did not arrive; or a `concurrent.futures.Future` of that, if not `blocking`.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            try:
+                self.init_hf_repo(token, private)
+            except ValueError as error:
+                logger.warning(f"{error} Everything lies in {self.args.output_dir}.")
+                return None
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        self.create_model_card(model_name=kwargs.pop("model_name", None) or name.split("/")[-1], **kwargs)
+        revision = self.args.hub_revision if revision is None else revision
+        job = self._uploads(token).push(self.args.output_dir, commit_message, revision=revision, ignored=NOT_UPLOADED)
+        if not blocking:
+            return job
+        self._finish_current_push()
+        return job.result() if job.done() else None
+
+    # --- logging -------------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs, start_time)

@@ -14,7 +14,7 @@ import jinja2
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from huggingface_hub import ModelCardData, upload_folder
+from huggingface_hub import ModelCardData
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig
 
@@ -26,8 +26,6 @@ from .config import PixelRewardConfig
 from .examine import Sample
 
 
-# Never uploaded beside the LoRA: checkpoints, which go their own way.
-NOT_UPLOADED = ["_*", "checkpoint-*", ".*.unfinished/*"]
 RECIPE = (
     "num_inference_steps",
     "gradient_fraction",
@@ -258,20 +256,3 @@ def _is_hub_id(name: str) -> bool:
     except HFValidationError:
         return False
     return "/" in name and not Path(name).exists()
-
-
-def upload(args: PixelRewardConfig, repo_id: str, checkpoint: str, step: int) -> list[Any]:
-    """Upload the output folder in the background, and the checkpoint as well where `hub_strategy` says so: the jobs."""
-    common = {
-        "repo_id": repo_id,
-        "commit_message": f"Training in progress, step {step}",
-        "token": args.hub_token,
-        "revision": args.hub_revision,
-        "run_as_future": True,
-    }
-    # of the one client that uploads in the order of the calls: an earlier save must not arrive after a later one
-    jobs = [upload_folder(folder_path=args.output_dir, ignore_patterns=NOT_UPLOADED, **common)]
-    if args.hub_strategy in ("checkpoint", "all_checkpoints"):
-        name = "last-checkpoint" if args.hub_strategy == "checkpoint" else Path(checkpoint).name
-        jobs.append(upload_folder(folder_path=checkpoint, path_in_repo=name, **common))
-    return jobs

@@ -7,7 +7,6 @@ data parallelism is enough), training of text encoders, and streaming prompt dat
 
 import math
 import os
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,6 @@ from peft import PeftConfig
 from transformers import TrainerCallback, is_datasets_available, set_seed
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
-from transformers.utils.hub import PushInProgress
 
 from ..files import written_atomically
 from ..names import file_name
@@ -32,7 +30,7 @@ from ..seeds import derive_seed
 from ..training import RunTrainer
 from ..training.disk import disk_errors_tolerated
 from ..training.record import read_record
-from .adapter import add_lora, load_lora, lora_files, save_lora
+from .adapter import add_lora, load_lora, save_lora
 from .checkpoint import (
     LIVE_LORA_FILE,
     RECORD_FILE,
@@ -46,7 +44,7 @@ from .config import DTYPES, PixelRewardConfig
 from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
 from .held_out import HeldOut
 from .losses import offline_loss
-from .model_card import Treatment, upload, write_model_card
+from .model_card import Treatment, write_model_card
 from .prepare import (
     RewardFunc,
     build_reward,
@@ -124,6 +122,7 @@ class PixelRewardTrainer(RunTrainer):
         "id": "2501.12382",
     }
     record_file = RECORD_FILE
+    private = (LIVE_LORA_FILE,)
     outputs = (
         "*lora_weights.safetensors",
         "images/before_*.png",
@@ -584,24 +583,6 @@ class PixelRewardTrainer(RunTrainer):
         evaluated = any(key.startswith("eval_") for entry in self.state.log_history for key in entry)
         first = next(iter(self.held_out.values()), None)
         return first.before_and_after(self.saved_step) if evaluated and first is not None else ([], [])
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        running, args = self.push_in_progress, self.args
-        if not self.is_world_process_zero() or args.hub_strategy == "end":
-            return
-        for file in lora_files(checkpoint_folder):
-            with written_atomically(Path(args.output_dir, Path(file).name)) as unfinished:  # an upload may be reading
-                shutil.copy(file, unfinished)
-        self.create_model_card()
-        busy = running is not None and not running.is_done()
-        if busy and not args.hub_always_push:
-            return
-        self.callback_handler.on_push_begin(args, self.state, self.control)
-        jobs = upload(args, self.hub_model_id, checkpoint_folder, self.state.global_step)
-        if busy:
-            running.jobs.extend(jobs)
-        else:
-            self.push_in_progress = PushInProgress(jobs)
 
 
 class _AfterStep(TrainerCallback):
