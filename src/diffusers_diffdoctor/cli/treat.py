@@ -32,6 +32,7 @@ from trl import TrlParser
 
 from .. import miniature
 from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
+from ..files import FolderInUse
 from ..treatment import PixelRewardConfig, PixelRewardTrainer
 from ..treatment.adapter import loading_lines
 from ..treatment.config import DTYPES
@@ -338,6 +339,12 @@ def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = N
     """
     try:
         script, args = parse(argv, pipeline, recipe, prog or "diffdoctor treat")
+        resume = (
+            args.resume_from_checkpoint
+        )  # a folder, or "true" for the last whole checkpoint, or "auto" for that if there is one
+        resume = {"true": True, "auto": "auto"}.get(str(resume).lower(), resume)
+        if resume is None:
+            PixelRewardTrainer.check_output_dir(args)
         inputs = read_inputs(script, say=print if args.process_index == 0 else lambda text: None)
         trainer = PixelRewardTrainer(
             pipeline=inputs.pipeline,
@@ -352,8 +359,12 @@ def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = N
         raise SystemExit(f"error: {error}") from error  # `diffdoctor --traceback treat` shows where
     if trainer.is_world_process_zero():
         print(trainer.plan)
-    resume = args.resume_from_checkpoint  # a folder, or "true" for the last whole checkpoint of the output folder
-    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except FolderInUse as error:
+        raise SystemExit(f"error: {error}") from error
+    except KeyboardInterrupt:
+        return 130  # a checkpoint was saved, and the trainer has said where
     trainer.save_model()
     if script.report_images and trainer.is_world_process_zero():
         # the development split keeps the noise that settings have been compared on

@@ -1,7 +1,8 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """A `Trainer` whose runs can be killed, stopped, resumed and repeated without losing or mixing anything."""
 
-import shutil
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..files import only_run
+from .arguments import RunArguments
 from .checkpoints import (
     MANIFEST,
     check_whole,
@@ -155,31 +157,38 @@ class RunTrainer(Trainer):
         output_dir, later = Path(self.args.output_dir), []
         for number, folder in checkpoints(output_dir).items():
             if step is not None and number > step and damage(folder) is not None:
-                remove_checkpoint(folder)  # it was named when the last whole one was looked for
-            elif step is None or number > step:
+                logger.warning(f"Removing {folder}, which is damaged.")
+                remove_checkpoint(folder)
+            elif step is not None and number > step:
                 later.append(folder)
         if step is None:
-            others = {
-                path for pattern in (METRICS, self.record_file, *self.outputs) for path in output_dir.glob(pattern)
-            }
-            later += sorted(others - {self._journal.path} if self._journal.ours else others)
-        if not later:
-            return
-        names = ", ".join(path.relative_to(output_dir).as_posix() for path in later[:3]) + ", ..." * (len(later) > 3)
+            ours = {self._journal.path} if self._journal.ours else set()
+            later = [path for path in self.traces(output_dir) if path not in ours]
         again = again and not (output_dir / self.record_file).exists()
-        if not (self.args.overwrite_output_dir or again):
+        if later and not (self.args.overwrite_output_dir or again):
             what = "an earlier run" if step is None else f"a run that went on after step {step}"
-            raise ValueError(
-                f"`output_dir` is {self.args.output_dir!r}, which holds {what} ({names}). Continue that with "
-                "`resume_from_checkpoint=True`, choose another folder, or pass `overwrite_output_dir=True` "
-                "(--overwrite_output_dir) to remove what is there."
-            )
-        logger.warning(f"Removing what an earlier run left in {self.args.output_dir}: {names}.")
+            raise ValueError(in_use_message(output_dir, later, what))
+        if later:
+            logger.warning(f"Removing what an earlier run left in {output_dir}: {_listed(output_dir, later)}.")
         for path in later:
             if path.is_dir():
-                remove_checkpoint(path) if path.name.startswith("checkpoint-") else shutil.rmtree(path)
+                remove_checkpoint(path)
             else:
                 path.unlink(missing_ok=True)
+
+    @classmethod
+    def traces(cls, output_dir: str | os.PathLike) -> list[Path]:
+        """What runs of this trainer have left in a folder: checkpoints first, then files."""
+        patterns = (METRICS, cls.record_file, *cls.outputs)
+        files = {path for pattern in patterns for path in Path(output_dir).glob(pattern) if path.is_file()}
+        return [*checkpoints(output_dir).values(), *sorted(files)]
+
+    @classmethod
+    def check_output_dir(cls, args: RunArguments) -> None:
+        """Refuse the output folder of a new run that `train` would refuse, before anything is loaded."""
+        found = cls.traces(args.output_dir)
+        if found and not args.overwrite_output_dir:
+            raise ValueError(in_use_message(args.output_dir, found, "an earlier run"))
 
     def _init_training_state(self, max_steps, *args, **kwargs):
         result = super()._init_training_state(max_steps, *args, **kwargs)
@@ -389,3 +398,15 @@ class RunTrainer(Trainer):
         super().log(logs, start_time)
         if self.is_world_process_zero():
             self._journal.write(self.state.log_history)
+
+
+def in_use_message(output_dir: str | os.PathLike, found: Sequence[Path], what: str) -> str:
+    return (
+        f"`output_dir` is {str(output_dir)!r}, which holds {what} ({_listed(output_dir, found)}). Continue that with "
+        "`resume_from_checkpoint=True` (--resume_from_checkpoint true), choose another folder, or pass "
+        "`overwrite_output_dir=True` (--overwrite_output_dir) to remove what is there."
+    )
+
+
+def _listed(folder: str | os.PathLike, paths: Sequence[Path]) -> str:
+    return ", ".join(path.relative_to(folder).as_posix() for path in paths[:3]) + ", ..." * (len(paths) > 3)
