@@ -132,16 +132,21 @@ def test_regularization_images_out_of_range_are_named(tmp_path, image, message):
     trainer = tiny_trainer(tmp_path, parts={"regularization_dataset": photos(3)})
     trainer.regularization.dataset = dataset
     with pytest.raises(ValueError, match=f"`regularization_dataset` has an image in row 2 .*{message}"):
-        trainer.regularization.image(2)
+        trainer.regularization.picture(2)
 
 
-def test_a_corrupt_regularization_image_stops_training_and_is_named(tmp_path):
-    photos(1)[0]["image"].save(tmp_path / "photo.png")
-    (tmp_path / "broken.png").write_bytes((tmp_path / "photo.png").read_bytes()[:200])
-    files = [str(tmp_path / name) for name in ("photo.png", "broken.png")]
-    dataset = Dataset.from_dict({"image": files, "prompt": ["a", "b"]}).cast_column("image", Image())
-    with pytest.raises(ValueError, match="`regularization_dataset` has an image in row 1 that cannot be used"):
-        tiny_trainer(tmp_path / "run", parts={"regularization_dataset": dataset}).train()
+def test_a_regularization_image_that_breaks_during_training_is_named(tmp_path):
+    files = [tmp_path / "0.png", tmp_path / "1.png"]
+    for row, file in zip(photos(2), files):
+        row["image"].save(file)
+    dataset = Dataset.from_dict({"image": [str(file) for file in files], "prompt": ["a", "b"]})
+    trainer = tiny_trainer(
+        tmp_path / "run", parts={"regularization_dataset": dataset.cast_column("image", Image())}, max_steps=4
+    )
+    row = 1 - trainer.regularization.row(0)  # that one is encoded before training
+    files[row].write_bytes(files[row].read_bytes()[:200])
+    with pytest.raises(ValueError, match=f"`regularization_dataset` has an image in row {row} that cannot be used"):
+        trainer.train()
 
 
 def test_a_reward_without_gradient_is_refused_beside_an_offline_loss(tmp_path):

@@ -38,7 +38,7 @@ def by_hand(initial, prompts_of_steps, learning_rate):
     weights = {n.replace(".default", ""): p for n, p in denoiser.named_parameters() if "lora" in n}
     for name, weight in weights.items():
         weight.data = initial[name].clone()
-    order = RegularizationImages(images, (16, 16), seed=42)
+    order = RegularizationImages(images, seed=42)
     optimizer = torch.optim.AdamW(weights.values(), lr=learning_rate, weight_decay=0.0)
     losses, position = [], 0
     for prompts in prompts_of_steps:
@@ -247,13 +247,13 @@ def test_a_peft_config_of_ones_own(tmp_path):
 
 
 def test_regularization_images_come_in_seeded_passes():
-    images = RegularizationImages(photos(7), (16, 16), seed=3)
+    images = RegularizationImages(photos(7), seed=3)
     order = [images.row(position) for position in range(21)]
     assert [sorted(order[i : i + 7]) for i in (0, 7, 14)] == [list(range(7))] * 3
     assert order[:7] != order[7:14]
-    again = RegularizationImages(photos(7), (16, 16), seed=3)
+    again = RegularizationImages(photos(7), seed=3)
     assert [again.row(position) for position in (20, 3, 11)] == [order[20], order[3], order[11]]
-    assert [RegularizationImages(photos(7), (16, 16), seed=4).row(i) for i in range(21)] != order
+    assert [RegularizationImages(photos(7), seed=4).row(i) for i in range(21)] != order
 
 
 def test_the_drift_loss_holds_a_treatment_to_the_untreated_model(tmp_path):

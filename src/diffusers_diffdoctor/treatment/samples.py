@@ -6,7 +6,6 @@ a run on another number of processes with the same total batch, see the same noi
 to be stored in a checkpoint.
 """
 
-import warnings
 from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any
@@ -14,10 +13,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from ..images import to_image_tensor
+from ..images import read_image
 from ..seeds import derive_seed
+from .image_check import bombs_refused
 
 
+NAME = "regularization_dataset"
 # Encoded images in memory, 0.5 MB each for FLUX at 1024 pixels; those beyond are encoded at every use.
 LATENTS_KEPT = 4096
 
@@ -70,21 +71,14 @@ class RegularizationImages:
 
     Args:
         dataset: rows with the columns "image" (anything that [`read_image`] reads) and "prompt".
-        size: (height, width) in pixels. Images are scaled to cover it and cropped around their centre.
         seed: decides the order; every pass over the dataset has another one.
-        encode: images (1, 3, H, W) -> latents (1, C, h, w).
+        encode: a picture -> its latents (1, C, h, w).
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        size: tuple[int, int],
-        seed: int,
-        encode: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    ):
-        self.prompts = read_prompts(dataset, "regularization_dataset")
-        _column(dataset, "image", "regularization_dataset")
-        self.dataset, self.size, self.seed, self.encode = dataset, size, seed, encode
+    def __init__(self, dataset: Any, seed: int, encode: Callable[[Image.Image], torch.Tensor] | None = None):
+        self.prompts = read_prompts(dataset, NAME)
+        _column(dataset, "image", NAME)
+        self.dataset, self.seed, self.encode = dataset, seed, encode
         self._latents: dict[int, torch.Tensor] = {}
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
@@ -99,23 +93,21 @@ class RegularizationImages:
         """The row that stands at a position of the endless sequence."""
         return self._order(position // len(self))[position % len(self)]
 
-    def image(self, row: int) -> torch.Tensor:
-        """One image, (3, H, W) in [0, 1]. A `ValueError` names the row that cannot be read."""
+    def picture(self, row: int) -> Image.Image:
+        """One picture, by [`read_image`]. A `ValueError` names the row that cannot be read."""
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                return to_image_tensor(self.dataset[row]["image"], self.size)
+            with bombs_refused():
+                return read_image(self.dataset[row]["image"])
         except Exception as error:
             raise ValueError(
-                f"`regularization_dataset` has an image in row {row} that cannot be used: {error} "
-                "Remove the row or repair the image."
+                f"`{NAME}` has an image in row {row} that cannot be used: {error} Remove the row or repair the image."
             ) from error
 
     def latents(self, row: int) -> torch.Tensor:
         """Latents of an image, (1, C, h, w). It is encoded alone, so that they do not depend on who shares a batch."""
         latents = self._latents.get(row)
         if latents is None:
-            latents = self.encode(self.image(row)[None])
+            latents = self.encode(self.picture(row))
             if len(self._latents) < LATENTS_KEPT:
                 self._latents[row] = latents.cpu()
         return latents

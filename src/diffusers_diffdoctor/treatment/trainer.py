@@ -19,11 +19,13 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from peft import PeftConfig
+from PIL import Image
 from transformers import TrainerCallback, is_datasets_available, set_seed
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
 from ..files import written_atomically
+from ..images import to_image_tensor
 from ..names import file_name
 from ..rollout.drift import without_adapter
 from ..seeds import derive_seed
@@ -43,6 +45,7 @@ from .checkpoint import (
 from .config import DTYPES, PixelRewardConfig
 from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in_trackers, write_training_report
 from .held_out import HeldOut
+from .image_check import check_images
 from .losses import offline_loss
 from .model_card import Treatment, write_model_card
 from .prepare import (
@@ -158,32 +161,38 @@ class PixelRewardTrainer(RunTrainer):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be a `PixelRewardConfig`.")
         prompts = read_prompts(train_dataset, "train_dataset")
         self.held_out = self._read_held_out(eval_dataset, args)
+        self.regularization = None
+        if regularization_dataset is not None and args.offline_weight > 0:
+            self.regularization = RegularizationImages(regularization_dataset, args.seed, self._encode)
+        elif args.offline_weight > 0:
+            logger.warning(
+                "No `regularization_dataset` was passed: the offline loss is left out (`offline_weight=0`)."
+            )
         self.reward = build_reward(reward_funcs, args)
         if judge is not None and not callable(getattr(judge, "confidence", None)):
             raise TypeError(f"`judge` is a {type(judge).__name__}, but must have a method `confidence(images)`.")
         check_detector(judge, "judge")
         self.judge = judge
         self.image_metrics = compute_metrics
+        if self.regularization is None and not args.pixel_weight * sum(self.reward.weights):
+            raise ValueError(
+                f"`pixel_weight` is {args.pixel_weight} with `reward_weights` {self.reward.weights}, and there is no offline "
+                "loss: nothing would be learnt. Raise them, or pass a `regularization_dataset`."
+            )
+        if self.regularization is not None:  # last before the pipeline: it may take minutes, as that does
+            check_images(
+                regularization_dataset,
+                "regularization_dataset",
+                args.process_index,
+                args.world_size,
+                show_progress=not args.disable_tqdm,
+            )
 
         set_seed(args.seed)
         self.pipeline = load_pipeline(pipeline, DTYPES[args.pipeline_dtype], args.quantization)
         self.rollout = build_rollout(self.pipeline, args)
         self.base = describe_base(self.pipeline, self.rollout.denoiser_name)
         self.peft_config = add_lora(self.pipeline, self.rollout.denoiser_name, args, peft_config)
-        self.regularization = None
-        if regularization_dataset is not None and args.offline_weight > 0:
-            size = (self.rollout.height, self.rollout.width)
-            self.regularization = RegularizationImages(regularization_dataset, size, args.seed, self._encode)
-        elif args.offline_weight > 0:
-            logger.warning(
-                "No `regularization_dataset` was passed: the offline loss is left out (`offline_weight=0`)."
-            )
-
-        if self.regularization is None and not args.pixel_weight * sum(self.reward.weights):
-            raise ValueError(
-                f"`pixel_weight` is {args.pixel_weight} with `reward_weights` {self.reward.weights}, and there is no offline "
-                "loss: nothing would be learnt. Raise them, or pass a `regularization_dataset`."
-            )
         if args.cache_prompt_embeddings:
             known = [prompts, *(held_out.prompts for held_out in self.held_out.values())]
             offline = self.regularization.prompts if self.regularization is not None else []
@@ -235,8 +244,9 @@ class PixelRewardTrainer(RunTrainer):
             for name, dataset in sets.items()
         }
 
-    def _encode(self, images: torch.Tensor) -> torch.Tensor:
-        return self.rollout.encode_images(images.to(self.args.device))
+    def _encode(self, picture: Image.Image) -> torch.Tensor:
+        image = to_image_tensor(picture, (self.rollout.height, self.rollout.width))
+        return self.rollout.encode_images(image[None].to(self.args.device))
 
     def _plan(self, num_prompts: int) -> str:
         args, count = self.args, sum(parameter.numel() for parameter in self.trained_parameters)
