@@ -15,6 +15,7 @@ from hub_server import Fault
 from huggingface_hub import HfApi, constants
 
 from diffusers_diffdoctor.training import pushing
+from diffusers_diffdoctor.training.checkpoints import damage
 from diffusers_diffdoctor.training.pushing import NOT_UPLOADED, Pusher
 
 
@@ -129,6 +130,7 @@ CODE = """
 import os, sys
 from fixtures.runs import TRAINERS
 from diffusers_diffdoctor.training import pushing
+from diffusers_diffdoctor.training.checkpoints import damage
 pushing.Pusher.__init__.__defaults__ = (None, 1800, 2, 0.01)
 trainer = TRAINERS[sys.argv[1]]("run", push_to_hub=True, hub_model_id="user/run", hub_strategy="checkpoint", max_steps=2,
     save_steps=1, hub_token=os.environ["HF_TOKEN"], push_timeout=float(sys.argv[2]))
@@ -196,3 +198,29 @@ def test_a_repository_that_cannot_be_had_is_said_before_training(tmp_path):
         or "401" in done.stderr
     )
     assert "`hf auth login`, pass a `hub_token`" in done.stderr and "RESULT" not in done.stdout
+
+
+EVERY = """
+import os
+from fixtures.runs import TRAINERS
+
+TRAINERS["treatment"]("run", push_to_hub=True, hub_model_id="user/run", hub_strategy="checkpoint", hub_always_push=True,
+    hub_token=os.environ["HF_TOKEN"], save_steps=1, save_total_limit=1, max_steps=2).train()
+"""
+
+
+def test_every_save_is_pushed_whole(tmp_path):
+    with hub_server.serve() as hub:
+        done = run_process(hub, tmp_path, [sys.executable, "-c", EVERY])
+        assert done.returncode == 0, done.stderr[-4000:]
+        files = hub.files("user/run")
+    lora = (tmp_path / "run/checkpoint-2/pytorch_lora_weights.safetensors").read_bytes()
+    assert files["pytorch_lora_weights.safetensors"] == lora
+    last = {name.partition("/")[2]: content for name, content in files.items() if name.startswith("last-checkpoint/")}
+    assert {"README.md", "metrics.jsonl"} <= set(files) and "live_lora_weights.safetensors" not in files
+    for name, content in last.items():
+        (tmp_path / "back" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "back" / name).write_bytes(content)
+    assert damage(tmp_path / "back") is None  # as one that was never on the way
+    assert not [name for name in files if hub_server.TOKEN.encode() in files[name]]
+    assert not [name for name in files if name.startswith(("checkpoint-", "_")) or name.endswith("training_args.bin")]
