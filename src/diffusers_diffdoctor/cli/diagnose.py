@@ -106,6 +106,7 @@ def load_detector(name: str, device: str | None = None, argument: str = "--detec
     from transformers import PreTrainedConfig
 
     from ..detector import ArtifactDetectorConfig, ArtifactDetectorForSemanticSegmentation
+    from ..loading import errors_named
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -125,7 +126,8 @@ def load_detector(name: str, device: str | None = None, argument: str = "--detec
         held = f"a LoRA ({loras[0]})" if loras else "no config.json"
         raise ValueError(f"`{argument} {name}` is a folder with {held}, not an artifact detector: {HOW_TO_GET_ONE}.")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(location)
+        with errors_named(location, f"`{argument} {name}`"):
+            config, _ = PreTrainedConfig.get_config_dict(location)
     except OSError as error:
         raise OSError(
             f"`{argument} {name}` is no model that can be read: {' '.join(str(error).split())[:200]} To get a detector, "
@@ -137,7 +139,9 @@ def load_detector(name: str, device: str | None = None, argument: str = "--detec
             f"`{argument} {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. To get one, "
             f"{HOW_TO_GET_ONE}."
         )
-    return ArtifactDetectorForSemanticSegmentation.from_pretrained(location, dtype=torch.float32).to(device).eval()
+    with errors_named(location, f"`{argument} {name}`"):
+        detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(location, dtype=torch.float32)
+    return detector.to(device).eval()
 
 
 def _print(result: dict) -> None:

@@ -179,6 +179,25 @@ def find_recipe(name: str) -> Path:
     return recipes()[name]
 
 
+def check_recipe(path: Path) -> Path:
+    """Refuse a file that is no recipe; an alias, of which a few lines can unfold to gigabytes, is none of YAML's uses here.
+
+    Raises:
+        ValueError: it is not YAML, holds something else than arguments, or has an alias. The file is named.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        aliases = [event.anchor for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)]
+        content = None if aliases else yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"`--config {path}` is no recipe: {' '.join(str(error).split())[:300]}") from error
+    if aliases:
+        raise ValueError(f"`--config {path}` has the alias *{aliases[0]}: write the value out.")
+    if not isinstance(content, dict):
+        raise ValueError(f"`--config {path}` holds a {type(content).__name__}, but must hold `argument: value` lines.")
+    return path
+
+
 def parse(
     argv: Sequence[str], pipeline: str | None = None, recipe: str | None = None, prog: str | None = None
 ) -> tuple[ScriptArguments, PixelRewardConfig]:
@@ -194,7 +213,7 @@ def parse(
         position = argv.index("--config") + 1
         if position == len(argv):
             parser.error("--config needs a file or the name of a recipe")
-        argv[position] = str(find_recipe(argv[position]))
+        argv[position] = str(check_recipe(find_recipe(argv[position])))
     return parser.parse(argv)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from ..files import digest, written_atomically
+from ..loading import wrong_archive
 from .configuration_artifact_detector import ArtifactDetectorConfig
 from .image_processing_pil_artifact_detector import ArtifactDetectorImageProcessorPil
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation
@@ -105,6 +106,9 @@ def convert_detector_checkpoint(
 
 
 def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
+    wrong = wrong_archive(path)
+    if wrong:
+        raise ValueError(f"{path} {wrong}. Download it again.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about odd pickles; what is wrong with them is said below

@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 from transformers import EvalPrediction, TrainerCallback
 
 from ..images import read_artifact_map, read_image, to_image_tensor
+from ..loading import errors_named
 from ..seeds import derive_seed
 from ..training import RunArguments, RunTrainer
 from ..training.record import plain
@@ -268,7 +269,8 @@ class ArtifactDetectorTrainer(RunTrainer):
         if not isinstance(args, ArtifactDetectorTrainingArguments):
             raise TypeError(f"`args` must be ArtifactDetectorTrainingArguments, found {type(args).__name__}.")
         if isinstance(model, (str, os.PathLike)):
-            model = ArtifactDetectorForSemanticSegmentation.from_pretrained(model, dtype=torch.float32)
+            with errors_named(model, f"`model` {str(model)!r}"):
+                model = ArtifactDetectorForSemanticSegmentation.from_pretrained(model, dtype=torch.float32)
         if not isinstance(model, ArtifactDetectorForSemanticSegmentation):
             raise TypeError(f"`model` must be an artifact detector, or the id or folder of one, found {model!r:.100}.")
         _check_dataset("train_dataset", train_dataset)
@@ -383,7 +385,8 @@ class ArtifactDetectorTrainer(RunTrainer):
 
     def _load_weights(self, folder: str) -> None:
         model = self.accelerator.unwrap_model(self.model)
-        model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        with errors_named(folder, f"Checkpoint {folder!r}"):
+            model.load_state_dict(type(model).from_pretrained(folder).state_dict())
 
     def create_model_card(self, *args, **kwargs):
         """The detector's card says what it is and how to call it; one that is there is kept."""

@@ -9,12 +9,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 
 from transformers.utils import logging
 
 from ..files import digest, write_atomically
+from ..loading import wrong_archive
 
 
 MANIFEST = "manifest.json"
@@ -42,7 +45,7 @@ def damage(checkpoint: str | os.PathLike) -> str | None:
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         wanted = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST} cannot be read"
     for name, (size, sha256) in wanted.items():
         path = folder / name
@@ -102,6 +105,29 @@ def check_whole(checkpoint: str | os.PathLike) -> None:
             f"`resume_from_checkpoint` is {str(checkpoint)!r}, which is damaged: {wrong}. Resume from the one before; "
             "`resume_from_checkpoint=True` finds it."
         )
+
+
+@contextmanager
+def refusals_named(checkpoint: str | os.PathLike, *patterns: str) -> Iterator[None]:
+    """For loading files that match `patterns`: a `ValueError` that names those which would run code or fill the memory.
+
+    Torch refuses a pickled file that would run code, but does not say which, so that the candidates are named.
+    """
+    files = sorted(path for pattern in patterns for path in Path(checkpoint).glob(pattern))
+    for path in files:
+        wrong = wrong_archive(path)
+        if wrong:
+            raise ValueError(
+                f"Checkpoint {str(checkpoint)!r} has a damaged file: {path.name} {wrong}. Take another one."
+            )
+    try:
+        yield
+    except UnpicklingError as error:
+        names = [path.name for path in files]
+        raise ValueError(
+            f"Checkpoint {str(checkpoint)!r} has a file ({' or '.join(names)}) with more in it than tensors and numbers, which "
+            "could run code. It was not loaded. Do not resume from a checkpoint of somebody else."
+        ) from error
 
 
 def remove_checkpoint(folder: str | os.PathLike) -> None:

@@ -7,7 +7,8 @@ arguments, at the checkpoint's position. What cannot be both, another optimizer 
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def read_record(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{str(path)!r} holds a {type(record).__name__}, but must hold an object.")
     return record
+
+
+@contextmanager
+def missing_entries_named(path: str | os.PathLike) -> Iterator[None]:
+    """Code that takes a record, or another file of JSON, for what we wrote: where it is not, a `ValueError` names the file."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RecursionError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{str(path)!r} has other entries than were written ({type(error).__name__}: {error}). Take another "
+            "checkpoint."
+        ) from error
 
 
 def plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from .checkpoints import (
     checkpoints,
     damage,
     last_checkpoint,
+    refusals_named,
     remove_checkpoint,
     rotate,
     seal,
@@ -34,6 +35,7 @@ from .record import (
     check_same_optimizer,
     describe_optimizer,
     differences,
+    missing_entries_named,
     read_record,
     write_record,
 )
@@ -129,16 +131,21 @@ class RunTrainer(Trainer):
                 folder = Path(folder)
                 check_whole(folder)
                 then, now = read_record(folder / self.record_file), self.record()
-                self.check_record(folder, then, now)
-                check_position(folder, then, now, self.args.ignore_data_skip)
-                state = TrainerState.load_from_json(str(folder / STATE))
-                self._take_over(state.global_step)
+                with missing_entries_named(folder / self.record_file):
+                    self.check_record(folder, then, now)
+                    check_position(folder, then, now, self.args.ignore_data_skip)
+                with missing_entries_named(folder / STATE):
+                    state = TrainerState.load_from_json(str(folder / STATE))
+                    step = state.global_step
+                    if not isinstance(step, int):
+                        raise TypeError(f"`global_step` is {step!r}")
+                self._take_over(step)
                 # the parent would take one more step in an epoch half done
-                if 0 < self.args.max_steps <= state.global_step:
+                if 0 < self.args.max_steps <= step:
                     logger.warning(f"Nothing to train: {folder} has all of {self.args.max_steps} steps.")
                     self._load_from_checkpoint(str(folder))
                     self.state = state
-                    return TrainOutput(state.global_step, 0.0, {})
+                    return TrainOutput(step, 0.0, {})
                 self._resumed = then
                 differing = differences(then, now)
                 if differing:
@@ -216,14 +223,20 @@ class RunTrainer(Trainer):
             return
         then, now = self._resumed, self.record()
         check_same_optimizer(then, now, self.lr_scheduler)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with refusals_named(checkpoint, "optimizer.pt", "scheduler.pt"):
+            super()._load_optimizer_and_scheduler(checkpoint)
         apply_settings(
             self.optimizer, self.lr_scheduler, then["optimizer"]["groups"], self._optimizer_as_asked["groups"]
         )
 
     def _load_scaler(self, checkpoint):
         if self.accelerator.scaler is not None:  # none where a run in float16 goes on in float32
-            super()._load_scaler(checkpoint)
+            with refusals_named(checkpoint, "scaler.pt"):
+                super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with refusals_named(checkpoint, "rng_state*.pth"):
+            super()._load_rng_state(checkpoint)
 
     # --- saving --------------------------------------------------------------------------------------------------------------
 

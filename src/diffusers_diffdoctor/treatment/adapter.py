@@ -32,6 +32,7 @@ from peft.utils import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ..files import write_atomically, written_atomically
@@ -310,9 +311,14 @@ def load_lora(denoiser: torch.nn.Module, denoiser_name: str, path: str | os.Path
     files = lora_files(path) if Path(path).is_dir() else [Path(path)]
     if not files:
         raise ValueError(f"{str(path)!r} has no LoRA: neither {LORA_FILE} nor {SAFETENSORS_WEIGHTS_NAME}.")
+    try:
+        weights = load_file(files[0])
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(files[0])!r} is no whole file of safetensors: {error}. Take another checkpoint."
+        ) from error
     found = {
-        name.removeprefix(f"{denoiser_name}.").removeprefix(_PEFT_PREFIX): value
-        for name, value in load_file(files[0]).items()
+        name.removeprefix(f"{denoiser_name}.").removeprefix(_PEFT_PREFIX): value for name, value in weights.items()
     }
     expected = get_peft_model_state_dict(denoiser)
     differing = [

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ..files import written_atomically
+from ..training.record import missing_entries_named, read_record
 from .adapter import LORA_FILE
 from .checkpoint import RECORD_FILE
 
@@ -50,8 +51,10 @@ def export_lora(folder: str | os.PathLike, layout: str = "kohya", output: str | 
             raise ValueError(
                 f"`folder` is {str(folder)!r}, which has no {name}. Pass what trainer.save_model() wrote."
             )
-    pipeline_class = json.loads((folder / RECORD_FILE).read_text(encoding="utf-8"))["base"]["pipeline_class"]
-    layers, alpha = _read(folder / LORA_FILE)
+    with missing_entries_named(folder / RECORD_FILE):
+        pipeline_class = str(read_record(folder / RECORD_FILE)["base"]["pipeline_class"])
+    with missing_entries_named(folder / LORA_FILE):
+        layers, alpha = _read(folder / LORA_FILE)
     state = _kohya(layers, alpha) if layout == "kohya" else _diffusers(layers, alpha)
     if not _reads_back(getattr(diffusers, pipeline_class, None), state, layers, alpha):
         other = "diffusers" if layout == "kohya" else "kohya"

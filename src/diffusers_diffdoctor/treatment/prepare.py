@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from packaging.version import parse
 from transformers.utils import logging
 
+from ..loading import errors_named
 from ..rewards import CombinedReward, RewardOutput
 from ..rollout import DifferentiableRollout
 from ..rollout.requirements import check_pipeline
@@ -69,11 +70,12 @@ def _from_pretrained(pipeline: str | os.PathLike, dtype: torch.dtype, quantizati
         )
     settings = {"dtype" if parse(diffusers.__version__) >= parse("0.42") else "torch_dtype": dtype}
     try:
-        if quantization is not None:
-            index = DiffusionPipeline.load_config(str(pipeline))
-            settings["quantization_config"] = quantization_config(index, quantization, dtype)
-        return DiffusionPipeline.from_pretrained(str(pipeline), **settings)
-    except (OSError, ValueError) as error:
+        with errors_named(pipeline, f"`pipeline` is {str(pipeline)!r}, which"):
+            if quantization is not None:
+                index = DiffusionPipeline.load_config(str(pipeline))
+                settings["quantization_config"] = quantization_config(index, quantization, dtype)
+            return DiffusionPipeline.from_pretrained(str(pipeline), **settings)
+    except OSError as error:
         raise ValueError(f"`pipeline` is {str(pipeline)!r}, which cannot be loaded: {error}") from error
 
 

@@ -58,6 +58,8 @@ def read_prompt_file(name: str, column: str = "prompt") -> Dataset:
             if not path.is_dir()
             else f"{name!r} is a folder without data that `datasets.load_dataset` can read: {error}"
         ) from error
+    except RuntimeError as error:  # a script in the folder, which is not run
+        raise ValueError(f"{name!r} cannot be read: {error}") from error
     found = _column(dataset.column_names, column, repr(name))
     return dataset if found == "prompt" else dataset.rename_column(found, "prompt")
 
@@ -129,7 +131,7 @@ def _read_jsonl(text: str, name: str) -> list[tuple[str, dict]]:
     for where, line in _lines(text):
         try:
             rows.append((where, json.loads(line)))
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{name!r} has no JSON in {where}: {error}.") from error
     return rows
 
@@ -137,7 +139,7 @@ def _read_jsonl(text: str, name: str) -> list[tuple[str, dict]]:
 def _read_json(text: str, name: str) -> list[tuple[str, dict]]:
     try:
         rows = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{name!r} is no JSON: {error}. One object for each line is the format .jsonl.") from error
     if not isinstance(rows, list):
         raise ValueError(f"{name!r} holds a {type(rows).__name__}, but must hold a list of objects or of texts.")
