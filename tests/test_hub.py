@@ -309,8 +309,19 @@ def test_a_treated_lora_is_pushed_with_its_card_and_loads_by_id_without_this_pac
         hub.python(LOAD_TREATED, home="of somebody else")
 
 
+NOT_INSTALLED = "import sys; sys.modules['diffusers_diffdoctor'] = None\n"
+# sizes, steps and the base of the pages -> what stands for them
+STANDS_FOR = {
+    "your-name/": f"{hub_server.USER}/",
+    "black-forest-labs/FLUX.1-schnell": "user/base",
+    'PixelRewardConfig(output_dir="flux-treated"': 'PixelRewardConfig(output_dir="flux-treated", use_cpu=True, resolution=32, '
+    'max_steps=1, max_sequence_length=16, report_to="none"',
+}
+
+
 def test_the_documentation_runs(hub, api, tmp_path):
-    """The blocks marked runnable in the quick tour and the page on the Hub, in the order of the pages.
+    """The blocks marked runnable in the quick tour and all of the page on the Hub, in the order of the pages; those for people
+    who have not installed this package run without it.
 
     The page says that a card written by hand is kept, so there is one.
     """
@@ -319,10 +330,18 @@ def test_the_documentation_runs(hub, api, tmp_path):
     api.create_repo(repo_id)
     content = b"---\nlicense: apache-2.0\n---\n# By hand\n"
     api.upload_file(repo_id=repo_id, path_in_repo="README.md", path_or_fileobj=content)
-    pages = [(DOCS / f"{name}.md").read_text("utf-8") for name in ("quicktour", "hub")]
-    blocks = re.findall(r"<!-- runnable -->\n```python\n(.*?)```", "\n".join(pages), re.S)
-    assert len(blocks) == 4
-    hub.python("\n".join(blocks).replace("your-name/", f"{hub_server.USER}/"))
+    tour = (DOCS / "quicktour.md").read_text("utf-8")
+    marked = re.findall(r"<!-- runnable -->\n```python\n(.*?)```", tour, re.S)
+    page = re.findall(r"```python\n(.*?)```", (DOCS / "hub.md").read_text("utf-8"), re.S)
+    push, load, remote, treat, load_lora, weaker = page
+    hub.python('from fixtures.pipelines import tiny_flux\ntiny_flux().push_to_hub("user/base")')
+    scripts = [[*marked, push, load], [NOT_INSTALLED, remote], [treat], [NOT_INSTALLED, load_lora, weaker]]
+    for script in scripts:
+        code = "\n".join(script)
+        for said, instead in STANDS_FOR.items():
+            code = code.replace(said, instead)
+        hub.python(code)
     files = hub.files(repo_id)
     assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
     assert "# By hand" in files["README.md"].decode()
+    assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(hub.files("user/flux-treated"))
