@@ -30,6 +30,9 @@ def hub(monkeypatch):
         api.create_repo("user/lora")
         monkeypatch.setattr(pushing, "upload_folder", api.upload_folder)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(
+            time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01))
+        )  # of the client
         yield hub
 
 
@@ -73,13 +76,11 @@ def test_pushes_arrive_in_order_without_what_is_private(hub, said, folder):
     assert files["step.txt"] == b"2" and all(future.result().oid for future in futures)
 
 
-# the client tries some of these again by itself for a while
+# the client tries some of these again by itself
 STAYS = [(place, kind) for kind in (401, 403, 429, 500, "reset") for place in (COMMIT, UPLOAD, PREUPLOAD)]
 
 
-@pytest.mark.parametrize(
-    "place, kind", [pytest.param(*case, marks=[] if case[1] in (401, 403) else pytest.mark.slow) for case in STAYS]
-)
+@pytest.mark.parametrize("place, kind", STAYS)
 def test_a_fault_that_stays_is_told_with_a_command(hub, said, folder, place, kind):
     hub.faults.append(Fault(place, kind))
     uploads = pusher(attempts=2)
@@ -127,9 +128,11 @@ def test_what_arrives_later_is_not_told(hub, said, folder):
 # --- both trainers, in processes of their own ----------------------------------------------------------------------------------------
 
 CODE = """
-import os, sys
+import os, sys, time
 from fixtures.runs import TRAINERS
 from diffusers_diffdoctor.training import pushing
+sleep = time.sleep
+time.sleep = lambda seconds: sleep(min(seconds, 0.01))  # the client tries again by itself, with pauses of up to 8 seconds
 from diffusers_diffdoctor.training.checkpoints import damage
 pushing.Pusher.__init__.__defaults__ = (None, 1800, 2, 0.01)
 trainer = TRAINERS[sys.argv[1]]("run", push_to_hub=True, hub_model_id="user/run", hub_strategy="checkpoint", max_steps=2,

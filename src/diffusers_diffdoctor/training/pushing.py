@@ -7,7 +7,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, thread
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ class Pusher:
                     f"the Hub had not answered after {self.patience:g} seconds (`push_timeout`)"
                 )
             self._missing.clear()
+            if self._jobs:
+                _let_go()
         if missing:
             told = "\n".join(f"  {command}\n    ({why})" for command, why in missing.items())
             logger.warning(
@@ -155,6 +157,14 @@ class Pusher:
             answer.set_result(upload_folder(repo_id=self.repo_id, token=self.token, **arguments))
         except BaseException as error:
             answer.set_exception(error)
+
+
+def _let_go() -> None:
+    """The client sends large files from a pool of threads. They are daemons, because those of `Pusher` are, and yet Python waits
+    for the threads of every pool when a process ends, for hours if the Hub is silent."""
+    for worker in list(thread._threads_queues):
+        if worker.daemon:
+            thread._threads_queues.pop(worker, None)
 
 
 def may_pass(error: BaseException) -> bool:
