@@ -13,6 +13,7 @@ import pytest
 from fixtures.pipelines import tiny_flux
 from fixtures.trainer import tiny_detector
 from huggingface_hub import constants
+from PIL import Image
 from transformers import CLIPTextConfig
 
 from diffdoctor import LEFT_OUT, command_module, main
@@ -74,6 +75,35 @@ WRONG = {
         "--pipeline empty",
         "save_pretrained",
     ),
+    # what is cheap to look at is said before a detector is loaded, or the Hub is asked for anything
+    "photos without prompts": (
+        f"{TREAT} --detector hollow --judge some/judge --regularization_dataset images",
+        "--regularization_dataset images",
+        "metadata.jsonl",
+    ),
+    "prompts without photos": (
+        f"{TREAT} --detector hollow --judge some/judge --regularization_dataset texts",
+        '--regularization_dataset texts` has no column "image"',
+        "Rename one",
+    ),
+    "a row without prompt": (
+        f"{TREAT} --detector hollow --judge some/judge --eval_prompts texts",
+        "--eval_prompts texts` has no prompt in row 1",
+        "give it a text",
+    ),
+    "detector without weights": (
+        f"{TREAT} --pipeline pipeline --detector hollow",
+        "--detector hollow",
+        "model.safetensors",
+    ),
+    "negative count": (f"{TREAT} --report_images -1", "--report_images` is -1", "0 for no report"),
+    "missing checkpoint": (f"{TREAT} --resume_from_checkpoint out/checkpoint-9", "out/checkpoint-9", "say `true`"),
+    "no checkpoint": (f"{TREAT} --resume_from_checkpoint true", "'out'", "checkpoint"),
+    "used output folder": (
+        "treat --config flux_schnell --output_dir used --detector hollow",
+        "`output_dir` is 'used'",
+        "--overwrite_output_dir",
+    ),
     "misspelt flag": (f"{TREAT} --lora_rnak 8", "--lora_rnak", "did you mean --lora_rank?"),
     "misspelt recipe": ("treat --config sdlx --output_dir out", "--config sdlx", "sdxl"),
     "size that does not fit": (
@@ -90,10 +120,13 @@ def folder(tmp_path_factory):
     tiny_detector().save_pretrained(folder / "detector")
     tiny_flux().save_pretrained(folder / "pipeline")
     CLIPTextConfig().save_pretrained(folder / "other")
-    for name in ("lora", "empty", "images"):
+    for name in ("lora", "empty", "images", "texts", "hollow", "used"):
         (folder / name).mkdir()
     (folder / "lora/pytorch_lora_weights.safetensors").touch()
-    (folder / "images/0.png").touch()
+    (folder / "hollow/config.json").write_text((folder / "detector/config.json").read_text())
+    Image.new("RGB", (8, 8)).save(folder / "images/0.png")
+    (folder / "texts/train.jsonl").write_text('{"prompt": "a hand"}\n{"prompt": null}\n')
+    (folder / "used/metrics.jsonl").write_text("{}\n")
     (folder / "one.txt").write_text("a hand\n")
     return folder
 

@@ -4,9 +4,11 @@
 import codecs
 import csv
 import json
+import re
 
 import pytest
 from datasets import Dataset
+from PIL import Image
 
 from diffusers_diffdoctor.treatment.prompt_files import distinct, hold_out, read_prompt_file
 
@@ -127,6 +129,29 @@ def test_a_folder_is_read_by_datasets(tmp_path):
     assert read(tmp_path / "data", "text") == ["a cat", "a dog"]
     with pytest.raises(ValueError, match=r"has no column 'prompt', only \['text'\]"):
         read(tmp_path / "data")
+
+
+def test_a_folder_that_cannot_be_read_is_named_in_a_line(tmp_path):
+    for folder, name, text, error in (
+        ("cut", "a.csv", 'prompt\n"a\n', "cut' cannot be read: Error tokenizing"),
+        ("other", "test.jsonl", '{"prompt": "a"}\n', 'other\' cannot be read: Unknown split "train"'),
+    ):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / name, text)
+        with pytest.raises(ValueError, match=error) as caught:
+            read(tmp_path / folder)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("column", ["prompt", "text"])
+def test_images_without_prompts_are_told_what_they_lack(tmp_path, column):
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos/0.png")
+    with pytest.raises(ValueError, match="photos' has images without prompts: add a file metadata.jsonl") as caught:
+        read(tmp_path / "photos", column)
+    line = re.search(r"({.*})", str(caught.value))[1]
+    write(tmp_path / "photos/metadata.jsonl", line + "\n")  # the remedy works
+    assert read(tmp_path / "photos", column) == ["a photo of a hand"]
 
 
 def test_no_held_out_prompt_is_trained_on():

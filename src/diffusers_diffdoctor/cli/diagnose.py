@@ -93,20 +93,13 @@ def run(args: argparse.Namespace) -> int:
     return 0 if result["diagnosed"] else 1
 
 
-def load_detector(name: str, device: str | None = None, argument: str = "--detector"):
-    """The detector of a Hub id, a folder, or "miniature", on the device, in evaluation mode.
-
-    `argument` is what errors call the name.
+def load_detector(name: str, device: str | None = None):
+    """The detector of `--detector`, on the device or the best there is, in evaluation mode.
 
     Raises:
-        ValueError: there is a model, but not a detector of this package; or the device does not exist.
-        OSError: there is no such model, or the Hub cannot be reached.
+        ValueError: the device does not exist; and what [`find_detector`] raises.
     """
     import torch
-    from transformers import PreTrainedConfig
-
-    from ..detector import ArtifactDetectorConfig, ArtifactDetectorForSemanticSegmentation
-    from ..loading import errors_named
 
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
@@ -114,6 +107,24 @@ def load_detector(name: str, device: str | None = None, argument: str = "--detec
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"`--device {device}` cannot be used here: {str(error).splitlines()[0]}") from error
+    return open_detector(find_detector(name, "--detector"), device)
+
+
+def find_detector(name: str, argument: str) -> str | Path:
+    """Where the detector of a Hub id, a folder, or "miniature" lies, for [`open_detector`]. Its weights are not looked at.
+
+    Args:
+        name: the id or path.
+        argument: what errors call it, such as `--detector`.
+
+    Raises:
+        ValueError: there is a model, but not a detector of this package.
+        OSError: there is no such model, or the Hub cannot be reached.
+    """
+    from transformers import PreTrainedConfig
+
+    from ..detector import ArtifactDetectorConfig
+
     location = name
     if name == MINIATURE:
         from ..miniature import load
@@ -126,8 +137,7 @@ def load_detector(name: str, device: str | None = None, argument: str = "--detec
         held = f"a LoRA ({loras[0]})" if loras else "no config.json"
         raise ValueError(f"`{argument} {name}` is a folder with {held}, not an artifact detector: {HOW_TO_GET_ONE}.")
     try:
-        with errors_named(location, f"`{argument} {name}`"):
-            config, _ = PreTrainedConfig.get_config_dict(location)
+        config, _ = PreTrainedConfig.get_config_dict(location)
     except OSError as error:
         raise OSError(
             f"`{argument} {name}` is no model that can be read: {' '.join(str(error).split())[:200]} To get a detector, "
@@ -139,8 +149,25 @@ def load_detector(name: str, device: str | None = None, argument: str = "--detec
             f"`{argument} {name}` is not an artifact detector: its model type is {found!r}, expected {expected!r}. To get one, "
             f"{HOW_TO_GET_ONE}."
         )
-    with errors_named(location, f"`{argument} {name}`"):
+    return location
+
+
+def open_detector(location: str | Path, device: str, argument: str = "--detector"):
+    """The detector in float32 on the device, in evaluation mode.
+
+    Raises:
+        ValueError: its weights are missing or damaged.
+    """
+    import torch
+
+    from ..detector import ArtifactDetectorForSemanticSegmentation
+
+    try:
         detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(location, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{argument} {location}` cannot be loaded: {' '.join(str(error).split())[:300]} Copy or download it anew."
+        ) from error
     return detector.to(device).eval()
 
 

@@ -1,12 +1,16 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Whether the Hub has what an argument names, asked once: the libraries ask for half a minute and end in a long traceback."""
 
+import logging
+import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+
+logger = logging.getLogger(__name__)
 
 SECONDS = 5.0  # to wait for the Hub's answer
 KINDS = {
@@ -17,7 +21,8 @@ KINDS = {
 
 
 def check_reachable(name: str, argument: str, kind: str = "model", remedy: str = "") -> None:
-    """Refuse a name that leads nowhere. What lies in the cache is not asked for.
+    """Refuse a name that leads nowhere. What lies in the cache is enough where the Hub does not answer, and then this process
+    asks the Hub for nothing more, as with `HF_HUB_OFFLINE=1`.
 
     Args:
         name: an id of the Hub; folders are for the caller to look at.
@@ -33,23 +38,34 @@ def check_reachable(name: str, argument: str, kind: str = "model", remedy: str =
         validate_repo_id(name)
     except HFValidationError as error:
         raise FileNotFoundError(f"{here} no id of the Hub either: check the path. {remedy}".strip()) from error
-    if isinstance(try_to_load_from_cache(name, KINDS[kind], repo_type=_repo_type(kind)), str):
-        return
-    if kind == "dataset" and _prepared(name).is_dir():
+    cached = isinstance(try_to_load_from_cache(name, KINDS[kind], repo_type=_repo_type(kind)), str)
+    cached = cached or (kind == "dataset" and _prepared(name).is_dir())
+    if cached and constants.HF_HUB_OFFLINE:
         return
     try:
         HfApi().repo_info(name, repo_type=_repo_type(kind), timeout=SECONDS)
     except RepositoryNotFoundError as error:
+        if cached:
+            return
         why = f"the Hub gives out no {kind} of that id: check it, or log in with `hf auth login` if it is private."
         raise FileNotFoundError(f"{here} {why} {remedy}".strip()) from error
     except Exception as error:  # the client's transport, and with it the type, differs between its versions
-        found = (
-            "HF_HUB_OFFLINE is set"
-            if constants.HF_HUB_OFFLINE
-            else f"{constants.ENDPOINT} does not answer ({_first_line(error)})"
-        )
+        found = f"{constants.ENDPOINT} does not answer ({_first_line(error)})"
+        if cached:
+            if not isinstance(error, HfHubHTTPError):
+                logger.warning(f"{found}: `{argument} {name}` is taken from the cache.")
+                _ask_no_more()
+            return
+        found = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else found
         why = f"it is not in the cache, while {found}: name a folder, or try again with a network."
         raise ConnectionError(f"{here} {why} {remedy}".strip()) from error
+
+
+def _ask_no_more() -> None:
+    """The libraries would ask for every file, wait for every answer and try again."""
+    constants.HF_HUB_OFFLINE = True
+    if "datasets" in sys.modules:  # else it looks at the constant when it is imported
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 def _repo_type(kind: str) -> str:

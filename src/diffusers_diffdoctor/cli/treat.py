@@ -33,12 +33,15 @@ from trl import TrlParser
 from .. import miniature
 from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
 from ..files import FolderInUse
+from ..training.checkpoints import check_whole, last_checkpoint
 from ..treatment import PixelRewardConfig, PixelRewardTrainer
 from ..treatment.adapter import loading_lines
 from ..treatment.config import DTYPES
 from ..treatment.model_card import example_call
 from ..treatment.prompt_files import FORMATS, distinct, hold_out, read_prompt_file
-from .diagnose import NO_DEFAULT, load_detector
+from ..treatment.samples import check_column
+from ..treatment.samples import read_prompts as prompts_of
+from .diagnose import NO_DEFAULT, find_detector, open_detector
 from .reach import check_reachable
 
 
@@ -96,6 +99,16 @@ class ScriptArguments:
             "from eval_seed on, to compare settings."
         },
     )
+
+    def __post_init__(self):
+        if self.report_images < 0:
+            raise ValueError(f"`--report_images` is {self.report_images}, but must be at least 0: 0 for no report.")
+        if self.split not in ("final", "development"):
+            raise ValueError(f"`--split` is {self.split!r}, but must be final or development.")
+        if self.split == "development" and self.pipeline != "miniature":
+            raise ValueError(
+                "`--split development` is of `--pipeline miniature`; name the prompts of your report with `--eval_prompts`."
+            )
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------------------
@@ -242,33 +255,79 @@ class Inputs:
 
 
 def read_inputs(script: ScriptArguments, say: Callable[[str], None] = print) -> Inputs:
-    """What the arguments name; what they leave open is the miniature's own, or comes with the package."""
-    if script.split not in ("final", "development"):
-        raise ValueError(f"`--split` is {script.split!r}, but must be final or development.")
-    if script.pipeline == "miniature":
-        inputs = read_miniature(script.split)
-    elif script.split == "development":
+    """What the arguments name; what they leave open is the miniature's own, or comes with the package.
+
+    All that is cheap to find wrong is looked for first: data that are not there, rows that cannot be used, then models that are
+    not there. Models are loaded last, and the pipeline by the trainer.
+    """
+    own = script.pipeline == "miniature"
+    if not own and script.detector is None:
+        raise ValueError(f"`--detector` is missing: {NO_DEFAULT}")
+    for argument in ("prompts", "eval_prompts", "regularization_dataset"):
+        if getattr(script, argument) is not None:
+            check_data_is_there(getattr(script, argument), f"--{argument}")
+    prompts = None
+    if script.prompts is not None or script.eval_prompts is not None or not own:
+        prompts = read_prompts(script, say)
+    photos = script.regularization_dataset
+    read_photos = partial(read_rows, photos, "--regularization_dataset", script.prompt_column, images=True)
+    here = photos is not None and Path(photos).exists()
+    regularization = read_photos() if here else None
+    detectors = {
+        argument: find_detector(getattr(script, argument), f"--{argument}")
+        for argument in ("detector", "judge")
+        if getattr(script, argument) is not None
+    }
+    if not own:
+        check_pipeline_is_there(script.pipeline)
+    if photos is not None and not here:  # a download may take long
+        regularization = read_photos()
+
+    inputs = read_miniature(script.split) if own else Inputs(script.pipeline)
+    if prompts is not None:
+        inputs.prompts, inputs.eval_prompts = prompts
+        inputs.report_prompts = inputs.plain_prompts = None
+    if regularization is not None:
+        inputs.regularization = regularization
+    if "detector" in detectors:
+        inputs.detector = open_detector(detectors["detector"], "cpu")
+    if "judge" in detectors:
+        inputs.judge, inputs.judge_error_rates = open_detector(detectors["judge"], "cpu", "--judge"), None
+    return inputs
+
+
+def resume_point(args: PixelRewardConfig) -> str | bool | None:
+    """What `--resume_from_checkpoint` asks `train` for: a folder, True for the last whole checkpoint, "auto" for that if there
+    is one.
+
+    Raises:
+        ValueError: it cannot be continued, or a new run would write into the folder of another.
+    """
+    given = args.resume_from_checkpoint
+    if given is None:
+        PixelRewardTrainer.check_output_dir(args)
+    elif str(given).lower() == "auto":
+        return "auto"
+    elif str(given).lower() == "true":
+        last_checkpoint(args.output_dir)
+        return True
+    elif not Path(given).is_dir():
         raise ValueError(
-            "`--split development` is of `--pipeline miniature`; name the prompts of your report with `--eval_prompts`."
+            f"`--resume_from_checkpoint {given}` is no folder here: name a checkpoint, such as {args.output_dir}/checkpoint-100, "
+            "or say `true` for the last whole one of the output folder, or `auto` for that if there is one."
         )
     else:
-        inputs = Inputs(script.pipeline)
-        if script.detector is None:
-            raise ValueError(f"`--detector` is missing: {NO_DEFAULT}")
-    if script.detector is not None:
-        inputs.detector = load_detector(script.detector, "cpu")
-    if script.judge is not None:
-        inputs.judge, inputs.judge_error_rates = load_detector(script.judge, "cpu", argument="--judge"), None
-    if script.prompts is not None or script.eval_prompts is not None or inputs.prompts is None:
-        inputs.prompts, inputs.eval_prompts = read_prompts(script, say)
-        inputs.report_prompts, inputs.plain_prompts = None, None
-    if script.regularization_dataset is not None:
-        inputs.regularization = read_rows(
-            script.regularization_dataset, "--regularization_dataset", script.prompt_column
-        )
-    if script.pipeline != "miniature":
-        check_pipeline_is_there(script.pipeline)
-    return inputs
+        check_whole(given)
+    return given
+
+
+def check_data_is_there(name: str, argument: str) -> None:
+    """Said before anything is read."""
+    if Path(name).suffix.lower() in FORMATS:
+        if not Path(name).is_file():
+            raise FileNotFoundError(f"`{argument} {name}`: there is no file {name!r} to read prompts from.")
+    elif not Path(name).exists():
+        check_reachable(name, argument, "dataset")
 
 
 def check_pipeline_is_there(name: str) -> None:
@@ -282,19 +341,26 @@ def check_pipeline_is_there(name: str) -> None:
         )
 
 
-def read_rows(name: str, argument: str, column: str) -> Dataset:
-    """What [`read_prompt_file`] reads; errors name the argument."""
-    if Path(name).suffix.lower() not in FORMATS and not Path(name).exists():
-        check_reachable(name, argument, "dataset")
+def read_rows(name: str, argument: str, column: str, images: bool = False) -> Dataset:
+    """What [`read_prompt_file`] reads, every row with a prompt; with `images` also in the column "image". Errors name the
+    argument."""
     try:
-        return read_prompt_file(name, column)
+        rows = read_prompt_file(name, column)
     except (ValueError, OSError) as error:
         raise ValueError(f"`{argument} {name}`: {error}") from error
+    if images:
+        check_column(rows, "image", f"{argument} {name}")
+    prompts_of(rows, f"{argument} {name}")
+    return rows
 
 
 def read_prompts(script: ScriptArguments, say: Callable[[str], None] = print) -> tuple[Dataset, Dataset]:
     """Prompts to train on and prompts to evaluate on."""
-    prompts, duplicates = distinct(read_rows(script.prompts or str(PROMPTS), "--prompts", script.prompt_column))
+    if script.prompts is None and script.pipeline == "miniature":
+        prompts = prone_prompts("train")
+    else:
+        prompts = read_rows(script.prompts or str(PROMPTS), "--prompts", script.prompt_column)
+    prompts, duplicates = distinct(prompts)
     if duplicates:
         say(f"`--prompts`: {duplicates} rows repeat another's prompt and are left out; {len(prompts)} are left.")
     if script.eval_prompts is None:
@@ -314,13 +380,20 @@ def read_prompts(script: ScriptArguments, say: Callable[[str], None] = print) ->
     return prompts, held_out
 
 
+def prone_prompts(split: str) -> Dataset:
+    """The miniature's prompts that show artifacts, which is what is treated."""
+    from ..miniature.renderer import PRONE_CATEGORIES
+
+    return Dataset.from_list(miniature.prompts(split, PRONE_CATEGORIES))
+
+
 def read_miniature(split: str) -> Inputs:
     """The bundled parts: the same run in a world of 64x64 pixels whose mistakes are known."""
     from transformers import CLIPModel, CLIPProcessor
 
     from ..miniature.check import clip_features, pixel_features
     from ..miniature.judge import MiniatureJudge
-    from ..miniature.renderer import PLAIN_CATEGORIES, PRONE_CATEGORIES
+    from ..miniature.renderer import PLAIN_CATEGORIES
     from ..rewards import ClipScore
 
     clip = ClipScore(
@@ -329,12 +402,11 @@ def read_miniature(split: str) -> Inputs:
     )
     return Inputs(
         pipeline=str(miniature.load("pipeline")),
-        detector=load_detector(str(miniature.load("detector")), "cpu"),
-        # what shows artifacts is treated; the regularization images show all categories
-        prompts=Dataset.from_list(miniature.prompts("train", PRONE_CATEGORIES)),
+        detector=open_detector(miniature.load("detector"), "cpu"),
+        prompts=prone_prompts("train"),  # the regularization images show all categories
         # an evaluation during training may choose a checkpoint, which the final prompts must not do
-        eval_prompts=Dataset.from_list(miniature.prompts("development", PRONE_CATEGORIES)),
-        report_prompts=Dataset.from_list(miniature.prompts(split, PRONE_CATEGORIES)),
+        eval_prompts=prone_prompts("development"),
+        report_prompts=prone_prompts(split),
         regularization=miniature.regularization_dataset(),
         judge=MiniatureJudge.from_pretrained(miniature.load("judge")).float().eval(),
         judge_error_rates=json.loads((miniature.load("judge") / "error_rates.json").read_text()),
@@ -358,12 +430,7 @@ def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = N
     """
     try:
         script, args = parse(argv, pipeline, recipe, prog or "diffdoctor treat")
-        resume = (
-            args.resume_from_checkpoint
-        )  # a folder, or "true" for the last whole checkpoint, or "auto" for that if there is one
-        resume = {"true": True, "auto": "auto"}.get(str(resume).lower(), resume)
-        if resume is None:
-            PixelRewardTrainer.check_output_dir(args)
+        resume = resume_point(args)
         inputs = read_inputs(script, say=print if args.process_index == 0 else lambda text: None)
         trainer = PixelRewardTrainer(
             pipeline=inputs.pipeline,

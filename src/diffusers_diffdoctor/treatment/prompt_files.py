@@ -36,8 +36,8 @@ def read_prompt_file(name: str, column: str = "prompt") -> Dataset:
 
     Raises:
         FileNotFoundError: there is neither such a file nor folder, and no data set of that id can be loaded.
-        ValueError: the file is not UTF-8 or not of its format, has no such column or no prompt, or a row without one.
-            Line and remedy are named.
+        ValueError: the file is not UTF-8 or not of its format, has no such column or no prompt, or a row without one; line
+            and remedy are named. Or a data set cannot be read, or has images only.
     """
     path = Path(name)
     suffix = path.suffix.lower()
@@ -58,8 +58,16 @@ def read_prompt_file(name: str, column: str = "prompt") -> Dataset:
             if not path.is_dir()
             else f"{name!r} is a folder without data that `datasets.load_dataset` can read: {error}"
         ) from error
-    except RuntimeError as error:  # a script in the folder, which is not run
-        raise ValueError(f"{name!r} cannot be read: {error}") from error
+    except (
+        Exception
+    ) as error:  # a script, which is not run, or whatever a reader meets; the cause's first line says it
+        said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"{name!r} cannot be read: {said[0]}") from error
+    if "image" in dataset.column_names and set(dataset.column_names) <= {"image", "label"}:
+        raise ValueError(
+            f"{name!r} has images without prompts: add a file metadata.jsonl beside them, with a line "
+            '{"file_name": "0.png", "prompt": "a photo of a hand"} for each.'
+        )
     found = _column(dataset.column_names, column, repr(name))
     return dataset if found == "prompt" else dataset.rename_column(found, "prompt")
 

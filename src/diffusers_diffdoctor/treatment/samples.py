@@ -6,7 +6,7 @@ a run on another number of processes with the same total batch, see the same noi
 to be stored in a checkpoint.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -43,7 +43,9 @@ def read_prompts(dataset: Any, name: str) -> list[str]:
         raise ValueError(
             f'`{name}` holds texts, but must hold rows with the column "prompt": [{{"prompt": text}} for text in texts].'
         )
-    prompts = list(_column(dataset, "prompt", name))
+    check_column(dataset, "prompt", name)
+    prompts = dataset["prompt"] if hasattr(dataset, "column_names") else [row.get("prompt") for row in dataset]
+    prompts = list(prompts)
     for row, prompt in enumerate(prompts):
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(
@@ -52,18 +54,15 @@ def read_prompts(dataset: Any, name: str) -> list[str]:
     return prompts
 
 
-def _column(dataset: Any, column: str, name: str) -> Iterable[Any]:
+def check_column(dataset: Any, column: str, name: str) -> None:
+    """Raise a `ValueError` if the rows do not have the column."""
     columns = getattr(dataset, "column_names", None)
     if columns is None:
         columns = list(dataset[0]) if isinstance(dataset[0], dict) else []
-        read = lambda: [row.get(column) for row in dataset]  # noqa: E731
-    else:
-        read = lambda: dataset[column]  # noqa: E731
     if column not in columns:
         raise ValueError(
             f'`{name}` has no column "{column}", only {columns}. Rename one: dataset.rename_column("text", "{column}").'
         )
-    return read()
 
 
 class RegularizationImages:
@@ -77,7 +76,7 @@ class RegularizationImages:
 
     def __init__(self, dataset: Any, seed: int, encode: Callable[[Image.Image], torch.Tensor] | None = None):
         self.prompts = read_prompts(dataset, NAME)
-        _column(dataset, "image", NAME)
+        check_column(dataset, "image", NAME)
         self.dataset, self.seed, self.encode = dataset, seed, encode
         self._latents: dict[int, torch.Tensor] = {}
         self._order = lru_cache(maxsize=2)(self._shuffle)
