@@ -38,6 +38,9 @@ LEFT_OUT = {
     "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
     # an image processor does the same with Pillow
     "transformers.utils.import_utils": "requires torchvision (not installed); falling back",
+    # the command has said that the Hub does not answer, or the user that it is not to be asked
+    "huggingface_hub.hf_api": "offline mode is enabled",
+    "diffusers.pipelines.pipeline_utils": "offline mode is enabled",
 }
 
 

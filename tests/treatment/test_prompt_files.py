@@ -147,7 +147,7 @@ def test_a_folder_that_cannot_be_read_is_named_in_a_line(tmp_path):
 def test_images_without_prompts_are_told_what_they_lack(tmp_path, column):
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "photos/0.png")
-    with pytest.raises(ValueError, match="photos' has images without prompts: add a file metadata.jsonl") as caught:
+    with pytest.raises(ValueError, match=r"photos' has images without prompts: add a file metadata\.jsonl") as caught:
         read(tmp_path / "photos", column)
     line = re.search(r"({.*})", str(caught.value))[1]
     write(tmp_path / "photos/metadata.jsonl", line + "\n")  # the remedy works

@@ -124,6 +124,7 @@ def find_detector(name: str, argument: str) -> str | Path:
     from transformers import PreTrainedConfig
 
     from ..detector import ArtifactDetectorConfig
+    from ..loading import errors_named
 
     location = name
     if name == MINIATURE:
@@ -137,7 +138,8 @@ def find_detector(name: str, argument: str) -> str | Path:
         held = f"a LoRA ({loras[0]})" if loras else "no config.json"
         raise ValueError(f"`{argument} {name}` is a folder with {held}, not an artifact detector: {HOW_TO_GET_ONE}.")
     try:
-        config, _ = PreTrainedConfig.get_config_dict(location)
+        with errors_named(location, f"`{argument} {name}`"):
+            config, _ = PreTrainedConfig.get_config_dict(location)
     except OSError as error:
         raise OSError(
             f"`{argument} {name}` is no model that can be read: {' '.join(str(error).split())[:200]} To get a detector, "
@@ -161,10 +163,12 @@ def open_detector(location: str | Path, device: str, argument: str = "--detector
     import torch
 
     from ..detector import ArtifactDetectorForSemanticSegmentation
+    from ..loading import errors_named
 
     try:
-        detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(location, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+        with errors_named(location, f"`{argument} {location}`"):
+            detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(location, dtype=torch.float32)
+    except OSError as error:
         raise ValueError(
             f"`{argument} {location}` cannot be loaded: {' '.join(str(error).split())[:300]} Copy or download it anew."
         ) from error

@@ -56,7 +56,8 @@ def check_reachable(name: str, argument: str, kind: str = "model", remedy: str =
                 logger.warning(f"{found}: `{argument} {name}` is taken from the cache.")
                 _ask_no_more()
             return
-        found = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else found
+        if constants.HF_HUB_OFFLINE:
+            found = "HF_HUB_OFFLINE is set, or the Hub has not answered before"
         why = f"it is not in the cache, while {found}: name a folder, or try again with a network."
         raise ConnectionError(f"{here} {why} {remedy}".strip()) from error
 
