@@ -47,11 +47,12 @@ class HubError(Exception):
 @dataclass
 class Fault:
     """What goes wrong with a request whose "METHOD /path" has `pattern` in it: a status, "reset" (the connection breaks) or
-    "silence" (it stays open, and nothing comes)."""
+    "silence" (it stays open, and nothing comes). A status 429 asks to wait for `retry_after` seconds."""
 
     pattern: str
     kind: int | str
     times: float = math.inf
+    retry_after: int = 0
 
 
 class Hub:
@@ -316,7 +317,7 @@ class _Handler(BaseHTTPRequestHandler):
             hub.requests.append(f"{self.command} {url.path}")
             try:
                 if fault is not None:
-                    self.headers_out |= {"Retry-After": "0"} if fault.kind == 429 else {}
+                    self.headers_out |= {"Retry-After": str(fault.retry_after)} if fault.kind == 429 else {}
                     raise HubError(fault.kind, f"A fault of the test, {fault.kind}")
                 status, result = 200, self.dispatch(hub, method, url.path)
             except HubError as error:

@@ -28,7 +28,7 @@ from .checkpoints import (
 )
 from .disk import disk_errors_named, disk_errors_tolerated
 from .journal import METRICS, Journal
-from .pushing import NOT_UPLOADED, Pusher, may_pass, publish, reason
+from .pushing import NOT_UPLOADED, HubError, Pusher, publish, remove_copies
 from .record import (
     apply_settings,
     check_position,
@@ -43,6 +43,7 @@ from .stopping import StopSignals
 
 
 STATE = "trainer_state.json"
+EARLY_END = 10.0  # seconds that a run which was stopped waits for its pushes
 PRIVATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*", STATE, MANIFEST)  # that only resuming needs
 
 logger = logging.get_logger(__name__)
@@ -75,7 +76,7 @@ class RunTrainer(Trainer):
     _resumed: dict[str, Any] | None = None  # the record of the checkpoint that is continued
     _signals: StopSignals | None = None
     _saved_step: int | None = None
-    _pusher: Pusher | None = None
+    pusher: Pusher | None = None  # of the main process, once there is a repository
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -151,8 +152,12 @@ class RunTrainer(Trainer):
                 if differing:
                     logger.warning(f"Resuming otherwise than {folder}: {'; '.join(differing)}.")
                 self._journal.replace()
-            with StopSignals(self.args.stop_grace) as self._signals:
-                return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
+            try:
+                with StopSignals(self.args.stop_grace) as self._signals:
+                    return super().train(resume_from_checkpoint=None if folder is None else str(folder), **kwargs)
+            except BaseException:  # stopped or failed: pushes under way get a little time, and then are told of
+                self._finish_current_push(min(EARLY_END, self.args.push_timeout))
+                raise
 
     def _take_over(self, step: int | None, again: bool = False) -> None:
         """Make sure that what lies in the output folder is of this run, which begins (None) or goes on after `step`.
@@ -162,6 +167,8 @@ class RunTrainer(Trainer):
         if not self.is_world_process_zero():
             return
         output_dir, later = Path(self.args.output_dir), []
+        if self.pusher is None or not self.pusher.is_busy:
+            remove_copies(output_dir)
         for number, folder in checkpoints(output_dir).items():
             if step is not None and number > step and damage(folder) is not None:
                 logger.warning(f"Removing {folder}, which is damaged.")
@@ -294,7 +301,7 @@ class RunTrainer(Trainer):
         if pushes:
             self._push_from_checkpoint(str(folder))
         if args.should_save:
-            uploading = [] if self._pusher is None else self._pusher.folders
+            uploading = [] if self.pusher is None else self.pusher.folders
             rotate(run_dir, limit, keep=[self.state.best_model_checkpoint, *uploading])
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -325,23 +332,20 @@ class RunTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
+        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        private = self.args.hub_private_repo if private is None else private
+        self.pusher = Pusher(name, token or self.args.hub_token, private, self.args.push_timeout)
         try:
-            super().init_hf_repo(token, private)
-        except Exception as error:  # of the client's transport, which differs between its versions
-            name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+            self.hub_model_id = self.pusher.create()
+        except HubError as error:
             remedy = (
                 "Try again later, or train without `push_to_hub` and call `trainer.push_to_hub()` then."
-                if may_pass(error)
+                if error.may_pass
                 else "Log in with `hf auth login`, pass a `hub_token` that may write there, or another `hub_model_id`."
             )
             raise ValueError(
-                f"`push_to_hub`: {name!r} cannot be created or found on the Hub: {reason(error)}. {remedy}"
+                f"`push_to_hub`: {name!r} cannot be created or found on the Hub: {error}. {remedy}"
             ) from error
-
-    def _uploads(self, token: str | None = None) -> Pusher:
-        if self._pusher is None:
-            self._pusher = Pusher(self.hub_model_id, token or self.args.hub_token, self.args.push_timeout)
-        return self._pusher
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Upload the weights and pages of the output folder, and the checkpoint where `hub_strategy` says so."""
@@ -351,19 +355,20 @@ class RunTrainer(Trainer):
         with disk_errors_tolerated(args.output_dir, "This save is not pushed."):
             publish(checkpoint_folder, args.output_dir, (*PRIVATE, *self.private))
             self.create_model_card()
-            pusher = self._uploads()
-            if pusher.is_busy and not args.hub_always_push:
-                return
             self.callback_handler.on_push_begin(args, self.state, self.control)
-            message = f"Training in progress, step {self.state.global_step}"
-            pusher.push(args.output_dir, message, revision=args.hub_revision, ignored=NOT_UPLOADED)
+            common = {
+                "message": f"Training in progress, step {self.state.global_step}",
+                "revision": args.hub_revision,
+                "every": args.hub_always_push,
+            }
+            self.pusher.push(args.output_dir, ignored=NOT_UPLOADED, changing=True, **common)
             if args.hub_strategy in ("checkpoint", "all_checkpoints"):
                 name = "last-checkpoint" if args.hub_strategy == "checkpoint" else Path(checkpoint_folder).name
-                pusher.push(checkpoint_folder, message, path_in_repo=name, revision=args.hub_revision)
+                self.pusher.push(checkpoint_folder, path_in_repo=name, **common)
 
-    def _finish_current_push(self) -> None:
-        if self._pusher is not None:
-            self._pusher.finish()
+    def _finish_current_push(self, patience: float | None = None) -> None:
+        if self.pusher is not None:
+            self.pusher.finish(patience)
 
     def push_to_hub(
         self,
@@ -390,20 +395,26 @@ class RunTrainer(Trainer):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
+        revision = self.args.hub_revision if revision is None else revision
+        refused = None
         if self.hub_model_id is None:
             try:
                 self.init_hf_repo(token, private)
             except ValueError as error:
-                logger.warning(f"{error} Everything lies in {self.args.output_dir}.")
-                return None
+                refused = error
         name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
         self.create_model_card(model_name=kwargs.pop("model_name", None) or name.split("/")[-1], **kwargs)
-        revision = self.args.hub_revision if revision is None else revision
-        job = self._uploads(token).push(self.args.output_dir, commit_message, revision=revision, ignored=NOT_UPLOADED)
+        if refused is not None:
+            command = self.pusher.command(self.args.output_dir, revision=revision, ignored=NOT_UPLOADED)
+            logger.warning(f"{refused} All of it lies here; this command pushes it: {command}")
+            return None
+        push = self.pusher.push(
+            self.args.output_dir, commit_message, revision=revision, ignored=NOT_UPLOADED, token=token, changing=True
+        )
         if not blocking:
-            return job
+            return push
         self._finish_current_push()
-        return job.result() if job.done() else None
+        return push.result()
 
     # --- logging -------------------------------------------------------------------------------------------------------------
 
