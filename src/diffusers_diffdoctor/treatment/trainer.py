@@ -10,7 +10,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ from .examine import Sample, diagnose_maps, draw, examine, mean_figures, show_in
 from .held_out import HeldOut
 from .image_check import check_images
 from .losses import offline_loss
+from .memory import memory_errors_explained
 from .model_card import Treatment, write_model_card
 from .prepare import (
     RewardFunc,
@@ -189,6 +190,7 @@ class PixelRewardTrainer(RunTrainer):
             )
 
         set_seed(args.seed)
+        self.args = args  # the parent's to set, which messages about the memory need before
         self.pipeline = load_pipeline(pipeline, DTYPES[args.pipeline_dtype], args.quantization)
         self.rollout = build_rollout(self.pipeline, args)
         self.base = describe_base(self.pipeline, self.rollout.denoiser_name)
@@ -196,7 +198,8 @@ class PixelRewardTrainer(RunTrainer):
         if args.cache_prompt_embeddings:
             known = [prompts, *(held_out.prompts for held_out in self.held_out.values())]
             offline = self.regularization.prompts if self.regularization is not None else []
-            encode_prompts(self.rollout, args, [prompt for part in known for prompt in part], offline)
+            with self._memory_errors_explained("loading"):
+                encode_prompts(self.rollout, args, [prompt for part in known for prompt in part], offline)
 
         self.final_report: dict[str, Any] | None = None  # of the LoRA as it is, for its card; the caller's to set
 
@@ -222,7 +225,8 @@ class PixelRewardTrainer(RunTrainer):
                 "`pipeline` is in float16 and its gradients are not scaled, so that most would become 0. Set `fp16=True` "
                 "(needs a GPU), or load it in another type: `pipeline_dtype` is bfloat16 or float32."
             )
-        self.pipeline.to(args.device)
+        with self._memory_errors_explained("loading"):
+            self.pipeline.to(args.device)
         for module in [self.reward, self.judge]:
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval().to(args.device)
@@ -247,6 +251,9 @@ class PixelRewardTrainer(RunTrainer):
     def _encode(self, picture: Image.Image) -> torch.Tensor:
         image = to_image_tensor(picture, (self.rollout.height, self.rollout.width))
         return self.rollout.encode_images(image[None].to(self.args.device))
+
+    def _memory_errors_explained(self, doing: str) -> AbstractContextManager:
+        return memory_errors_explained(self.args, self.rollout, doing, offline=self.regularization is not None)
 
     def _plan(self, num_prompts: int) -> str:
         args, count = self.args, sum(parameter.numel() for parameter in self.trained_parameters)
@@ -282,6 +289,10 @@ class PixelRewardTrainer(RunTrainer):
             batch["offline_position"] = list(range(offline, offline + self.args.offline_batch_size))
         count = torch.tensor(float(sum(len(batch["prompt"]) for batch in batches)), device=device)
         return batches, self.accelerator.reduce(count)
+
+    def training_step(self, *args, **kwargs):
+        with self._memory_errors_explained("training"):
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """`pixel_weight * sum(w_k * reward_k) + offline_weight * offline + drift_weight * drift`, each a mean over the samples
@@ -429,15 +440,16 @@ class PixelRewardTrainer(RunTrainer):
             )
 
     def _examine(self, prompts: list[str], seeds: list[int], treated: bool) -> list[Sample]:
-        return examine(
-            lambda prompts, seeds: self.generate(prompts, seeds, treated),
-            self.reward,
-            self.judge,
-            prompts,
-            seeds,
-            self.args.per_device_eval_batch_size,
-            self.args.device,
-        )
+        with self._memory_errors_explained("evaluation"):
+            return examine(
+                lambda prompts, seeds: self.generate(prompts, seeds, treated),
+                self.reward,
+                self.judge,
+                prompts,
+                seeds,
+                self.args.per_device_eval_batch_size,
+                self.args.device,
+            )
 
     def generate(self, prompts: list[str], seeds: list[int], treated: bool = True) -> torch.Tensor:
         """
@@ -455,7 +467,7 @@ class PixelRewardTrainer(RunTrainer):
         self.rollout.eval()
         try:
             lora = self.averaged_weights() if treated else without_adapter(self.rollout.denoiser)
-            with lora, self.accelerator.autocast():
+            with self._memory_errors_explained("evaluation"), lora, self.accelerator.autocast():
                 return self.rollout.generate(prompts, seeds, batch_size=self.args.per_device_eval_batch_size)
         finally:
             self.rollout.train(was_training)
