@@ -10,6 +10,7 @@ are those of a dataclass.
 """
 
 import argparse
+import difflib
 import importlib
 import importlib.metadata
 import logging
@@ -53,6 +54,37 @@ class _Without(logging.Filter):
         return self.words not in record.getMessage()
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what a misspelt flag may have meant, before it is said what is missing without it. Parsers of its commands do too."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = list(sys.argv[1:] if args is None else args)
+        if "--" in words:
+            words = words[: words.index("--")]
+        if any(
+            isinstance(action, argparse._SubParsersAction) for action in self._actions
+        ):  # the rest is for the command
+            words = words[: next((i for i, word in enumerate(words) if not word.startswith("-")), None)]
+        known = [option for action in self._actions for option in action.option_strings]
+        unknown = [
+            word
+            for word in words
+            if word.startswith("--") and not any(o.startswith(word.split("=")[0]) for o in known)
+        ]
+        if unknown:
+            self.exit(2, f"{self.prog}: error: {suggestion(unknown, known)}\n")
+        return super().parse_known_args(args, namespace)
+
+
+def suggestion(unknown: Sequence[str], known: Sequence[str]) -> str:
+    """A line that names arguments that do not exist, and those that may have been meant."""
+    lines = []
+    for flag in [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown:
+        close = [option for option in known if option.startswith(flag)] or difflib.get_close_matches(flag, known)
+        lines.append(f"there is no argument {flag}" + (f", did you mean {close[0]}?" if close else "."))
+    return " ".join(lines)
+
+
 def command_module(name: str) -> ModuleType:
     """The module of a command, which imports the package, without the warnings of `LEFT_OUT`."""
     for library, words in LEFT_OUT.items():
@@ -65,10 +97,10 @@ def command_module(name: str) -> ModuleType:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit status: 0 success, 1 failure, 2 wrong use, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="diffdoctor",
         description="Find the broken pixels in generated images and teach the diffusion model not to make them.",
-        epilog="On several GPUs: accelerate launch -m diffusers_diffdoctor.cli.treat, with the arguments of `treat`.",
+        epilog="On several GPUs: accelerate launch -m diffdoctor treat, with its arguments.",
     )
     version = importlib.metadata.version("diffusers-diffdoctor")
     parser.add_argument("--version", action="version", version=f"diffdoctor {version}")

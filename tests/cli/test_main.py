@@ -82,3 +82,10 @@ def test_bugs_keep_their_traceback(monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers_diffdoctor.cli.fake", fake)
     with pytest.raises(RuntimeError, match="a bug"):
         entry.main(["fake"])
+
+
+def test_a_value_or_what_follows_two_dashes_is_no_flag(tmp_path, capsys):
+    """Both are taken for what they are, and fail for another reason."""
+    for argv in (["export-lora", "--", "--fromat"], ["export-lora", str(tmp_path), "--form", "kohya"]):
+        assert entry.main(argv) == 1
+        assert "did you mean" not in capsys.readouterr().err

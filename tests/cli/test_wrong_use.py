@@ -105,6 +105,15 @@ WRONG = {
         "--overwrite_output_dir",
     ),
     "misspelt flag": (f"{TREAT} --lora_rnak 8", "--lora_rnak", "did you mean --lora_rank?"),
+    "misspelt flag of diagnose": ("diagnose images --ouput out", "--ouput", "did you mean --output?"),
+    "misspelt flag of export-lora": ("export-lora lora --fromat=kohya", "--fromat", "did you mean --format?"),
+    "misspelt flag of convert-detector": (
+        "convert-detector a.bin --image_size 64",
+        "--image_size",
+        "did you mean --image-size?",
+    ),
+    "misspelt flag of miniature": ("miniature render --cuont 3", "--cuont", "did you mean --count?"),
+    "misspelt flag of all": ("--tracebak diagnose images", "--tracebak", "did you mean --traceback?"),
     "misspelt recipe": ("treat --config sdlx --output_dir out", "--config sdlx", "sdxl"),
     "size that does not fit": (
         f"{TREAT} --pipeline pipeline --detector detector --resolution 17",
@@ -160,16 +169,10 @@ def test_the_answer_is_short_and_soon(case, folder, no_network, monkeypatch, cap
     assert not (folder / "out").exists() or not any((folder / "out").iterdir())
 
 
-def test_an_example_answers_in_a_process_of_its_own(folder):
-    """Without the warnings of other libraries, from the first import on."""
-    command = [
-        sys.executable,
-        str(ROOT / "examples/treat_flux.py"),
-        "--detector",
-        "some/detector",
-        "--output_dir",
-        "out",
-    ]
+@pytest.mark.parametrize("program", [[str(ROOT / "examples/treat_flux.py")], ["-m", "diffdoctor", "treat"]])
+def test_a_process_of_its_own_answers_as_short(program, folder):
+    """Without the warnings of other libraries, from the first import on. By -m it is started on several GPUs."""
+    command = [sys.executable, *program, "--detector", "some/detector", "--output_dir", "out"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home")}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and done.stdout == ""

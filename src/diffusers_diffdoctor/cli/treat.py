@@ -8,27 +8,26 @@ out: training the detector (see the quick tour for where to get one). Nothing he
 One process:
     diffdoctor treat --config sdxl --detector detector/ --output_dir sdxl-treated
 Eight GPUs:
-    accelerate launch --config_file examples/accelerate/multi_gpu.yaml -m diffusers_diffdoctor.cli.treat --config sdxl ...
+    accelerate launch --config_file examples/accelerate/multi_gpu.yaml -m diffdoctor treat --config sdxl ...
 """
 
 import argparse
 import dataclasses
-import difflib
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import yaml
 from datasets import Dataset
 from transformers import TrainingArguments
 from trl import TrlParser
+
+from diffdoctor import suggestion
 
 from .. import miniature
 from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
@@ -149,16 +148,8 @@ class Parser(TrlParser):
     def parse(self, argv: list[str]) -> tuple[ScriptArguments, PixelRewardConfig]:
         script, args, _, unknown = self.parse_args_and_config(argv, return_remaining_strings=True)
         if unknown:
-            self._refuse(unknown)
+            self.error(suggestion(unknown, [option for action in self._actions for option in action.option_strings]))
         return script, args
-
-    def _refuse(self, unknown: list[str]) -> NoReturn:
-        known = [option for action in self._actions for option in action.option_strings]
-        lines = []
-        for flag in [word.split("=")[0] for word in unknown if word.startswith("--")] or unknown:
-            close = [option for option in known if option.startswith(flag)] or difflib.get_close_matches(flag, known)
-            lines.append(f"there is no argument {flag}" + (f", did you mean {close[0]}?" if close else "."))
-        self.error(" ".join(lines))
 
 
 def source_of(field: dataclasses.Field) -> str:
@@ -522,7 +513,3 @@ def judge_prompts(
         training_log=trainer.state.log_history,
     )
     return render(figures, draw_pairs(pairs, next(iter(judges.values()))), output_dir, treatment, title)
-
-
-if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))

@@ -51,7 +51,7 @@ class ArtifactDetectionPipeline(Pipeline):
     >>> import diffusers_diffdoctor
     >>> from transformers import pipeline
 
-    >>> detect = pipeline("artifact-detection", model="diffdoctor/detector")
+    >>> detect = pipeline("artifact-detection", model="detector")  # a folder, or an id of the Hub
     >>> detect("image.png")
     {'artifact_map': <PIL.Image.Image mode=L size=1024x1024>, 'max_confidence': 0.93, 'area_ratio': 0.04}
     ```
