@@ -4,9 +4,10 @@
 import re
 
 import numpy as np
+import pandas
 import pytest
 import torch
-from datasets import Dataset, Image
+from datasets import Dataset, DatasetDict, Image
 from fixtures.classic_pipelines import tiny_sana_sprint
 from fixtures.pipelines import tiny_flux
 from fixtures.trainer import PROMPTS, assert_same, lora_of, photos, rows, tiny_args, tiny_detector, tiny_trainer
@@ -15,6 +16,11 @@ from transformers import TrainingArguments
 from diffusers_diffdoctor import PixelRewardTrainer
 from diffusers_diffdoctor.seeds import derive_seed
 from diffusers_diffdoctor.treatment import prepare
+
+
+class Logits(torch.nn.Module):
+    def confidence(self, images):
+        return images[:, :1] - 2
 
 
 class TwoChannels(torch.nn.Module):
@@ -34,6 +40,12 @@ class TwoChannels(torch.nn.Module):
         (["a cup", "a dog"], ValueError, '[{"prompt": text} for text in texts]'),
         ("a cup", TypeError, "`train_dataset` is a str"),
         (Dataset.from_dict({"prompt": ["a"]}).to_iterable_dataset(), TypeError, "streaming=False"),
+        (DatasetDict(train=Dataset.from_dict({"prompt": ["a"]})), TypeError, "is a DatasetDict of ['train']"),
+        ({"prompt": ["a cup"]}, TypeError, "`train_dataset` is a dict of ['prompt']"),
+        (pandas.DataFrame({"prompt": ["a cup"]}), TypeError, "Dataset.from_pandas(frame)"),
+        (Dataset.from_dict({"prompt": [1, 2]}), ValueError, "no prompt in row 0: found 1"),
+        (rows(["a cup", float("nan")]), ValueError, "no prompt in row 1: found nan"),
+        ([{"prompt": "a cup"}, {"text": "a dog"}], ValueError, "no prompt in row 1: found None"),
     ],
 )
 def test_prompts(tmp_path, dataset, error, message):
@@ -46,6 +58,18 @@ def test_prompts(tmp_path, dataset, error, message):
     [
         ({"reward_funcs": TwoChannels()}, ValueError, "whose map of one 64x64 image has the shape (1, 2, 64, 64)"),
         ({"judge": TwoChannels()}, ValueError, "`judge` has a detector (TwoChannels) whose map"),
+        (
+            {"judge": Logits()},
+            ValueError,
+            "`judge` has a detector (Logits) whose map of a gray image has values from -1.5 to -1.5",
+        ),
+        (
+            {"eval_dataset": {"hands": rows(["a"]), "feet": rows([None])}},
+            ValueError,
+            "`eval_dataset['feet']` has no prompt in row 0",
+        ),
+        ({"eval_dataset": {"hands": [{"text": "a"}]}}, ValueError, "`eval_dataset['hands']` has no column \"prompt\""),
+        ({"compute_metrics": "accuracy"}, TypeError, "`compute_metrics` is a str"),
         ({"reward_funcs": "detector"}, TypeError, "A reward must be a detector"),
         ({"reward_funcs": []}, ValueError, "No reward was given"),
         ({"judge": object()}, TypeError, "`judge` is a object, but must have a method `confidence(images)`"),
@@ -59,6 +83,27 @@ def test_prompts(tmp_path, dataset, error, message):
 def test_parts(tmp_path, parts, error, message):
     with pytest.raises(error, match=re.escape(message)):
         tiny_trainer(tmp_path, parts=parts)
+
+
+@pytest.mark.parametrize("nothing", [None, {}])
+@pytest.mark.parametrize("asked", [{"eval_strategy": "steps", "eval_steps": 1}, {"eval_on_start": True}])
+def test_an_evaluation_of_nothing_is_refused_before_the_pipeline_is_loaded(tmp_path, nothing, asked):
+    with pytest.raises(ValueError, match="`eval_dataset` has no prompts to evaluate on"):
+        tiny_trainer(tmp_path, "/nowhere/at/all", parts={"eval_dataset": nothing}, **asked)
+
+
+def test_a_best_metric_that_is_not_measured_is_refused_before_the_first_step(tmp_path):
+    common = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    common |= {"load_best_model_at_end": True}
+    parts = {"eval_dataset": rows(PROMPTS[:1])}
+    trainer = tiny_trainer(tmp_path, parts=parts, metric_for_best_model="judge_area_ratio", **common)
+    with pytest.raises(
+        ValueError, match=r"`metric_for_best_model` is 'judge_area_ratio', .* eval_artifact_frequency, "
+    ):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    for best in ("area_ratio", "eval_area_ratio"):
+        tiny_trainer(tmp_path, parts=parts, metric_for_best_model=best, **common).train()
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path):

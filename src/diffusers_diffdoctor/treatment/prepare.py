@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from packaging.version import parse
 from transformers.utils import logging
 
+from ..images import RANGE_TOLERANCE
 from ..loading import errors_named
 from ..rewards import CombinedReward, RewardOutput
 from ..rollout import DifferentiableRollout
@@ -138,15 +139,20 @@ def warn_of_idle_weights(rollout: torch.nn.Module) -> None:
 
 @torch.no_grad()
 def check_detector(detector: Any | None, name: str) -> None:
-    """Refuse a detector whose maps have more than one channel, before training rather than in its first step."""
+    """Refuse a detector whose maps are not (B, 1, H, W) in [0, 1], before training rather than in its first step."""
     if detector is None:
         return
     parameter = next(detector.parameters(), None) if isinstance(detector, torch.nn.Module) else None
-    shape = tuple(
-        detector.confidence(torch.full((1, 3, 64, 64), 0.5, device=getattr(parameter, "device", None))).shape
-    )
+    maps = detector.confidence(torch.full((1, 3, 64, 64), 0.5, device=getattr(parameter, "device", None)))
+    shape = tuple(maps.shape)
     if shape != (1, 1, 64, 64):
         raise ValueError(
             f"`{name}` has a detector ({type(detector).__name__}) whose map of one 64x64 image has the shape {shape}, "
             "but (1, 1, 64, 64) is needed: one channel, 1 = artifact. Train or convert it with one label."
+        )
+    low, high = maps.min().item(), maps.max().item()  # nan anywhere makes both nan
+    if not (-RANGE_TOLERANCE <= low and high <= 1 + RANGE_TOLERANCE):
+        raise ValueError(
+            f"`{name}` has a detector ({type(detector).__name__}) whose map of a gray image has values from {low:.4g} to "
+            f"{high:.4g}, but confidences in [0, 1] are needed, 1 = artifact. If these are logits, return their sigmoid."
         )

@@ -6,7 +6,7 @@ a run on another number of processes with the same total batch, see the same noi
 to be stored in a checkpoint.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -28,7 +28,7 @@ def read_prompts(dataset: Any, name: str) -> list[str]:
 
     Raises:
         ValueError: nothing given, no row, no such column, or a prompt that is empty or no text; the row is named.
-        TypeError: a dataset without a length, such as an `IterableDataset`.
+        TypeError: a dataset without a length, such as an `IterableDataset`, several splits, or a table of another library.
     """
     if dataset is None:
         raise ValueError(f'`{name}` is missing. Pass a dataset with the column "prompt".')
@@ -36,6 +36,15 @@ def read_prompts(dataset: Any, name: str) -> list[str]:
         raise TypeError(
             f"`{name}` is a {type(dataset).__name__}, but must have a length and rows that can be picked, like a "
             "`datasets.Dataset`: every prompt is checked and encoded before training. Load it with `streaming=False`."
+        )
+    if isinstance(dataset, Mapping):  # of splits or of columns
+        raise TypeError(
+            f"`{name}` is a {type(dataset).__name__} of {list(dataset)}, but must be a sequence of rows. Pass one of its splits "
+            '(`dataset["train"]`), or make rows of its columns (`Dataset.from_dict(columns)`).'
+        )
+    if not hasattr(dataset, "column_names") and hasattr(dataset, "to_dict"):
+        raise TypeError(
+            f"`{name}` is a {type(dataset).__name__}, but must be a sequence of rows. Make it one: `Dataset.from_pandas(frame)`."
         )
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty. Pass at least one prompt.")

@@ -162,6 +162,11 @@ class PixelRewardTrainer(RunTrainer):
             raise TypeError(f"`args` is a {type(args).__name__}, but must be a `PixelRewardConfig`.")
         prompts = read_prompts(train_dataset, "train_dataset")
         self.held_out = self._read_held_out(eval_dataset, args)
+        if (args.eval_strategy != "no" or args.eval_on_start) and not self.held_out:
+            raise ValueError(
+                f"`eval_strategy` is {str(args.eval_strategy.value)!r}, but `eval_dataset` has no prompts to evaluate on: pass some, "
+                "or leave `eval_strategy` and `eval_on_start` out."
+            )
         self.regularization = None
         if regularization_dataset is not None and args.offline_weight > 0:
             self.regularization = RegularizationImages(regularization_dataset, args.seed, self._encode)
@@ -174,6 +179,10 @@ class PixelRewardTrainer(RunTrainer):
             raise TypeError(f"`judge` is a {type(judge).__name__}, but must have a method `confidence(images)`.")
         check_detector(judge, "judge")
         self.judge = judge
+        if compute_metrics is not None and not callable(compute_metrics):
+            raise TypeError(
+                f"`compute_metrics` is a {type(compute_metrics).__name__}, but must be a function `(images, prompts) -> dict`."
+            )
         self.image_metrics = compute_metrics
         if self.regularization is None and not args.pixel_weight * sum(self.reward.weights):
             raise ValueError(
@@ -424,8 +433,14 @@ class PixelRewardTrainer(RunTrainer):
 
     def _measure_untreated(self) -> None:
         """Log the figures of the pipeline without the LoRA, on the same prompts and seeds as all evaluations, as step 0."""
+        measured = {}
         for name, held_out in self.held_out.items():
-            self._measure(held_out, _joined("eval", name), treated=False)
+            measured |= self._measure(held_out, _joined("eval", name), treated=False)
+        best = self.args.metric_for_best_model
+        if best is not None and f"eval_{best.removeprefix('eval_')}" not in measured:
+            raise ValueError(
+                f"`metric_for_best_model` is {best!r}, which no evaluation measures: there are {', '.join(sorted(measured))}."
+            )
 
     def _draw(self, held_out: HeldOut, prefix: str, name: str) -> None:
         if self.is_world_process_zero() and self.args.log_images:
