@@ -4,7 +4,7 @@
 In a process, because that can be ended whatever it hangs in. The client sets no time limits, its threads keep a process that
 wants to end, and what an abandoned thread still sends could replace what a later upload has brought.
 
-The job is a line of JSON: `call`, a method of `HfApi`; `arguments`; `endpoint`; `silence`, seconds. The result is one too:
+The job is a line of JSON: `call`, a method of `HfApi`; `arguments`; `silence`, seconds. The result is one too:
 `result`, or `why`, `may_pass` and `retry_after` (seconds). Imports nothing of this package, which takes seconds to load.
 """
 
@@ -92,7 +92,7 @@ def main() -> None:
     threading.Thread(target=end_with, args=[sys.stdin.buffer], daemon=True).start()
     fail_at_once(job["silence"])
     try:
-        result = getattr(HfApi(endpoint=job["endpoint"]), job["call"])(**job["arguments"])
+        result = getattr(HfApi(), job["call"])(**job["arguments"])
         answer = {"result": vars(result)}
     except Exception as error:
         answer = explain(error)

@@ -296,9 +296,10 @@ class Pusher:
 
     def _attempt(self, call: str, arguments: dict[str, Any], limit: float, patience: float) -> dict[str, Any]:
         """One call in a process of its own, which is ended after `limit` seconds."""
-        job = {"call": call, "arguments": arguments, "endpoint": constants.ENDPOINT, "silence": self.silence}
+        job = {"call": call, "arguments": arguments, "silence": self.silence}
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),  # the client that this process has
+            "HF_ENDPOINT": constants.ENDPOINT,
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         }
         try:
