@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -62,30 +63,38 @@ DAMAGES: dict[str, Callable[[bytes, bytes], bytes | None]] = {
 
 
 def in_a_fork(work: Callable[..., object], *args) -> tuple[int, object]:
-    """Runs `work(*args)` in a process of its own; (exit status, what it returned, as JSON). Its output goes to a file of nobody."""
+    """Runs `work(*args)` in a process of its own; (exit status, what it returned, as JSON)."""
+
+    def answer_with(tell: Callable[[bytes], object]) -> None:
+        try:
+            tell(json.dumps(work(*args)).encode())
+        except BaseException as error:
+            tell(json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
+            raise
+
+    child, pipe = forked(answer_with)
+    with pipe:
+        answer = pipe.read()
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), json.loads(answer or b"null")
+
+
+def forked(work: Callable[[Callable[[bytes], object]], object]) -> tuple[int, BinaryIO]:
+    """Begins `work(tell)` in a process of its own, without output; its number, and the pipe in which arrives what it tells."""
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
             os.close(reading)
-            _be_quiet()
-            os.write(writing, json.dumps(work(*args)).encode())
+            silence = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(silence, 1)
+            os.dup2(silence, 2)
+            work(lambda said: os.write(writing, said))
             status = 0
-        except BaseException as error:
-            os.write(writing, json.dumps({"error": f"{type(error).__name__}: {error}"}).encode())
         finally:
             os._exit(status)
     os.close(writing)
-    with os.fdopen(reading, "rb") as pipe:
-        answer = pipe.read()
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), json.loads(answer or b"null")
-
-
-def _be_quiet() -> None:
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
+    return child, os.fdopen(reading, "rb", buffering=0)
 
 
 def finish(kind: str, folder: Path, resume: str | bool | None = None) -> str:
@@ -130,29 +139,22 @@ def difference(folder: Path, reference: Path) -> str | None:
 
 def killed(kind: str, folder: Path, in_save: bool, wait: float) -> dict:
     """Start the run, and kill it `wait` seconds after it, or one of its saves, began: whether it was in a save, or had ended."""
-    reading, writing = os.pipe()
+
+    def run(tell: Callable[[bytes], object]) -> None:
+        trainer = TRAINERS[kind](folder, **SETTINGS)
+        save = trainer._save_checkpoint
+
+        def announced(*args):
+            tell(b"(")
+            save(*args)
+            tell(b")")
+
+        trainer._save_checkpoint = announced
+        trainer.train(resume_from_checkpoint="auto")
+
     start = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.close(reading)
-            _be_quiet()
-            trainer = TRAINERS[kind](folder, **SETTINGS)
-            save = trainer._save_checkpoint
-
-            def announced(*args):
-                os.write(writing, b"(")
-                save(*args)
-                os.write(writing, b")")
-
-            trainer._save_checkpoint = announced
-            trainer.train(resume_from_checkpoint="auto")
-            status = 0
-        finally:
-            os._exit(status)
-    os.close(writing)
-    with os.fdopen(reading, "rb", buffering=0) as pipe:
+    child, pipe = forked(run)
+    with pipe:
         if in_save:
             for _ in range(random.randrange(1, 4)):  # not always the first save of a start
                 while (mark := pipe.read(1)) == b")":

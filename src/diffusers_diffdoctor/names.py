@@ -115,13 +115,18 @@ _DIGEST_LENGTH = 16
 _RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)", re.I)  # names of devices on Windows
 
 
+def harmless(text: str) -> str:
+    """The text with `_` for all but ASCII letters, digits, `-` and `_`. Several texts become one."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", text)
+
+
 def file_name(text: str) -> str:
     """A text as the name of a file or folder: ASCII letters, digits, `-` and `_`, at most 60 of them, never empty.
 
     A text that is such a name stays as it is. Any other ends in a digest of itself, so that two texts never get one name (on a
     disk that tells capitals apart).
     """
-    clean = re.sub(r"[^A-Za-z0-9_-]", "_", text)
+    clean = harmless(text)
     looks_made_here = re.search(rf"-[0-9a-f]{{{_DIGEST_LENGTH}}}$", text)
     if clean == text and 0 < len(text) <= LONGEST_NAME and not looks_made_here and not _RESERVED.fullmatch(text):
         return text

@@ -15,6 +15,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from ..detector.tiling import tiled_confidence
+from ..disk import describe, is_of_the_disk
 from ..files import (
     LOCK,
     RUNNING,
@@ -27,6 +28,7 @@ from ..files import (
     written_atomically,
 )
 from ..images import read_image, to_image_tensor
+from ..names import harmless
 from .metrics import area_ratio, max_confidence, wilson_interval
 from .pictures import heatmap_overlay, image_grid, to_pil
 from .report import Figure, Picture, Section, Table, html_report
@@ -127,8 +129,6 @@ def diagnose_images(
         try:
             return _diagnose(found, output_dir, detector, settings, **options)
         except OSError as error:  # of writing: those of reading are in the quarantine
-            from ..training.disk import describe, is_of_the_disk  # takes a second
-
             if not is_of_the_disk(error):
                 raise
             remedy = "What is done is kept: make room and run the same command again."
@@ -350,10 +350,7 @@ def _heatmap(array: np.ndarray, confidence: torch.Tensor) -> Image.Image:
 
 def _overlay(path: str, output_dir: Path) -> Path:
     """Where the overlay of an image lies: harmless whatever the image's name is, and another for each path."""
-    stem = "".join(
-        letter if letter.isascii() and (letter.isalnum() or letter in "-_") else "_" for letter in Path(path).stem
-    )
-    return output_dir / OVERLAYS / f"{stem[:60]}-{digest(path)[:16]}.jpg"
+    return output_dir / OVERLAYS / f"{harmless(Path(path).stem)[:60]}-{digest(path)[:16]}.jpg"
 
 
 def _prepare_folder(output_dir: Path) -> None:

@@ -72,11 +72,11 @@ def checkpoints(output_dir: str | os.PathLike) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def last_checkpoint(output_dir: str | os.PathLike) -> Path:
+def last_checkpoint(output_dir: str | os.PathLike, missing_ok: bool = False) -> Path | None:
     """The whole checkpoint of `output_dir` with the most steps; later ones that are damaged are named in a warning.
 
     Raises:
-        ValueError: there is no whole one; it is said what is wrong with each.
+        ValueError: there is no whole one, and that is not `missing_ok`; it is said what is wrong with each.
     """
     damaged = []
     for path in reversed(checkpoints(output_dir).values()):
@@ -86,6 +86,8 @@ def last_checkpoint(output_dir: str | os.PathLike) -> Path:
                 logger.warning(f"Resuming from {path}, because {' and '.join(damaged)}.")
             return path
         damaged.append(f"{path.name} is damaged: {wrong}")
+    if missing_ok:
+        return None
     why = f" ({'; '.join(damaged)})" if damaged else ""
     raise ValueError(
         f"`resume_from_checkpoint` is True, but {str(output_dir)!r} has no whole checkpoint{why}. Start without it, or pass the "

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ..disk import disk_errors_tolerated
 from ..files import write_atomically
-from .disk import disk_errors_tolerated
 
 
 METRICS = "metrics.jsonl"

@@ -13,6 +13,7 @@ from transformers.trainer_callback import ExportableState, TrainerState
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ..disk import disk_errors_named, disk_errors_tolerated
 from ..files import only_run
 from .arguments import RunArguments
 from .checkpoints import (
@@ -26,7 +27,6 @@ from .checkpoints import (
     rotate,
     seal,
 )
-from .disk import disk_errors_named, disk_errors_tolerated
 from .journal import METRICS, Journal
 from .pushing import NOT_UPLOADED, HubError, Pusher, publish, remove_copies
 from .record import (
@@ -122,15 +122,14 @@ class RunTrainer(Trainer):
             self._best_step = self._resumed = self._saved_step = None
             folder = resume_from_checkpoint or None
             again = folder == "auto"
-            if again and all(damage(path) for path in checkpoints(self.args.output_dir).values()):
-                folder = None
-            elif again or folder is True:
-                folder = last_checkpoint(self.args.output_dir)
+            if again or folder is True:
+                folder = last_checkpoint(self.args.output_dir, missing_ok=again)
+            elif folder is not None:
+                folder = Path(folder)
+                check_whole(folder)
             if folder is None:
                 self._take_over(None, again)
             else:
-                folder = Path(folder)
-                check_whole(folder)
                 then, now = read_record(folder / self.record_file), self.record()
                 with missing_entries_named(folder / self.record_file):
                     self.check_record(folder, then, now)
@@ -324,6 +323,10 @@ class RunTrainer(Trainer):
 
     # --- sharing -------------------------------------------------------------------------------------------------------------
 
+    @property
+    def _repo_name(self) -> str:
+        return self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository, or find it.
 
@@ -332,7 +335,7 @@ class RunTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+        name = self._repo_name
         private = self.args.hub_private_repo if private is None else private
         self.pusher = Pusher(name, token or self.args.hub_token, private, self.args.push_timeout)
         try:
@@ -402,8 +405,7 @@ class RunTrainer(Trainer):
                 self.init_hf_repo(token, private)
             except ValueError as error:
                 refused = error
-        name = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
-        self.create_model_card(model_name=kwargs.pop("model_name", None) or name.split("/")[-1], **kwargs)
+        self.create_model_card(model_name=kwargs.pop("model_name", None) or self._repo_name.split("/")[-1], **kwargs)
         if refused is not None:
             command = self.pusher.command(self.args.output_dir, revision=revision, ignored=NOT_UPLOADED)
             logger.warning(f"{refused} All of it lies here; this command pushes it: {command}")

@@ -8,17 +8,15 @@ decoded again at every start.
 
 import json
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import PIL
 from accelerate.utils import gather_object
 from huggingface_hub import constants
-from PIL import Image
 from tqdm.auto import tqdm
 from transformers import is_datasets_available
 
@@ -85,22 +83,13 @@ def check_images(
             write_atomically(remembered, json.dumps({"images": count}))
 
 
-@contextmanager
-def bombs_refused() -> Iterator[None]:
-    """Context in which an image of which Pillow only warns that it may be a decompression bomb is an error."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
-
-
 def _unusable(dataset: Any, rows: Sequence[int], done: Callable[[int], None]) -> Iterator[tuple[int, str]]:
     parts = [rows[start : start + ROWS_AT_A_TIME] for start in range(0, len(rows), ROWS_AT_A_TIME)]
 
     def look(part: Sequence[int]) -> list[tuple[int, str]]:
         return [(row, reason) for row in part if (reason := _reason(dataset, row)) is not None]
 
-    # the filters of warnings belong to all threads, so that none may set them by itself
-    with bombs_refused(), ThreadPoolExecutor(THREADS if _bears_threads(dataset) else 1) as pool:
+    with ThreadPoolExecutor(THREADS if _bears_threads(dataset) else 1) as pool:
         for part, found in zip(parts, pool.map(look, parts)):
             yield from found
             done(len(part))

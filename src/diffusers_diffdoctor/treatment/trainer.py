@@ -24,13 +24,13 @@ from transformers import TrainerCallback, is_datasets_available, set_seed
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
+from ..disk import disk_errors_tolerated
 from ..files import written_atomically
 from ..images import to_image_tensor
 from ..names import file_name
 from ..rollout.drift import without_adapter
 from ..seeds import derive_seed
 from ..training import RunTrainer
-from ..training.disk import disk_errors_tolerated
 from ..training.record import read_record
 from .adapter import add_lora, load_lora, save_lora
 from .checkpoint import (

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 from fixtures.trainer import tiny_trainer
 
-from diffusers_diffdoctor.training import disk
+from diffusers_diffdoctor import disk
 from diffusers_diffdoctor.training.checkpoints import checkpoints, damage
 from diffusers_diffdoctor.training.journal import Journal
 
