@@ -25,11 +25,14 @@ treat: $(STAMP)
 		--config_file examples/accelerate/single_process.yaml \
 		examples/treat_flux.py --pipeline miniature --output_dir runs/miniature --overwrite_output_dir
 
+# Two processes of one thread each: much of a test's time goes into starting others and waiting for them.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 # The image processor's other backend, which transformers takes wherever torchvision is: so it lies apart.
 test-torchvision: $(STAMP)
