@@ -44,6 +44,7 @@ trainer.train(*sys.argv[2:])
 trainer.save_model()
 result = {"start": start, "end": lora_of(trainer), "log": trainer.state.log_history}
 torch.save(result, f"{sys.argv[1]}/rank-{trainer.args.process_index}.pt")
+trainer.accelerator.end_training()
 """
 
 

@@ -450,6 +450,7 @@ def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = N
     trainer.accelerator.wait_for_everyone()
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.end_training()  # a process that others are still connected to may end in an abort
     return 0
 
 
