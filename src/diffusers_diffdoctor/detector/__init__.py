@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForSemanticSeg
 from transformers.pipelines import PIPELINE_REGISTRY
 from transformers.utils import is_torchvision_available
 
+from .collator import ArtifactDetectorCollator
 from .configuration_artifact_detector import ArtifactDetectorConfig
 from .conversion import convert_detector_checkpoint
 from .image_processing_pil_artifact_detector import ArtifactDetectorImageProcessorPil
@@ -50,7 +51,7 @@ __all__ = [
 
 
 def __getattr__(name):
-    if name in ("ArtifactDetectorCollator", "ArtifactDetectorTrainer", "ArtifactDetectorTrainingArguments"):
+    if name in ("ArtifactDetectorTrainer", "ArtifactDetectorTrainingArguments"):
         return getattr(
             importlib.import_module(".trainer", __name__), name
         )  # seconds, which diagnosing need not wait for
