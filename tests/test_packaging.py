@@ -122,7 +122,7 @@ FLOORS = [
     {"training"},
     {"detector", "evaluation.metrics", "treatment.losses"},
     {"rewards", "evaluation", "rollout"},
-    {"treatment"},
+    {"treatment", "data"},
     {"miniature"},
     {"cli"},
 ]

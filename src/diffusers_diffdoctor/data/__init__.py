@@ -1,0 +1,27 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""What detectors learn from: one schema, and stages that turn datasets into datasets.
+
+A stage reads Parquet shards, writes Parquet shards and keeps count: rows in = rows out + left out + quarantined. See `stage` for
+what lies in the folder of a dataset.
+"""
+
+from .card import push_dataset
+from .merge import Merge, shares_of
+from .photos import Photos
+from .schema import FEATURES, SOURCES
+from .shards import find_shards, group_files
+from .stage import Stage, run_stage
+
+
+__all__ = [
+    "FEATURES",
+    "SOURCES",
+    "Merge",
+    "Photos",
+    "Stage",
+    "find_shards",
+    "group_files",
+    "push_dataset",
+    "run_stage",
+    "shares_of",
+]

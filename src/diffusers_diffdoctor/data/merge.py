@@ -1,0 +1,57 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Several datasets as one, in given proportions."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from .schema import Row, decode_image, decode_map
+from .shards import Quarantined, Shard
+from .stage import LEFT_OUT, Result, Stage, row_name
+
+
+@dataclass(frozen=True)
+class Merge(Stage):
+    """Rows of several datasets, each checked: its image and its map can be read and fit.
+
+    Args:
+        shares: of each dataset's rows that are taken, in (0, 1], evenly spread over it; see [`shares_of`].
+    """
+
+    shares: tuple[float, ...]
+
+    name: ClassVar[str] = "merge"
+
+    def process(self, rows: Iterator[Row], shard: Shard) -> Iterator[Result]:
+        share = self.shares[shard.dataset]
+        for number, row in enumerate(rows, start=shard.first):
+            if math.floor((number + 1) * share) == math.floor(number * share):
+                yield LEFT_OUT
+                continue
+            try:
+                decode_map(row, decode_image(row).size)
+            except Exception as error:  # decoders raise many types
+                yield Quarantined(row_name(row), str(error) or type(error).__name__)
+                continue
+            yield row
+
+
+def shares_of(rows: Sequence[int], weights: Sequence[float] | None) -> tuple[float, ...]:
+    """Shares of datasets such that the rows taken are in the proportions of `weights`, as many as there can be, none twice.
+
+    Args:
+        rows: of each dataset.
+        weights: positive numbers, one for each dataset; without them all rows are taken.
+
+    Raises:
+        ValueError: there are not as many weights as datasets, or one is not positive.
+    """
+    if weights is None:
+        return (1.0,) * len(rows)
+    if len(weights) != len(rows):
+        raise ValueError(f"`weights` has {len(weights)} numbers for {len(rows)} datasets; give one for each.")
+    if not all(weight > 0 and math.isfinite(weight) for weight in weights):
+        raise ValueError(f"`weights` must be positive, found {list(weights)}. Leave out what is not wanted.")
+    scale = min(count / weight for count, weight in zip(rows, weights))
+    return tuple(scale * weight / count for count, weight in zip(rows, weights))
