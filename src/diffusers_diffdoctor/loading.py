@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 
+import torch
 from safetensors import SafetensorError, safe_open
+
+from .files import digest
 
 
 @contextmanager
@@ -68,6 +71,18 @@ def wrong_archive(path: str | os.PathLike) -> str | None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(x.file_size for x in entries) > size:
         return f"has {size} bytes and unpacks to {sum(x.file_size for x in entries)}, which torch never writes"
     return None
+
+
+@torch.no_grad()
+def weights_sha256(model: torch.nn.Module) -> str:
+    """sha256 of a model's weights by name: another model at the same address has another one."""
+
+    def parts():
+        for name, tensor in sorted(model.state_dict().items()):
+            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
+            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+    return digest(parts())
 
 
 def _files(folder: Path, *endings: str) -> list[Path]:

@@ -3,13 +3,16 @@
 
 import argparse
 import importlib
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 
 # stage -> what it does
 STAGES = {
     "photos": "real photographs, from a folder or a dataset, as rows without artifacts",
+    "label": "a detector's own maps for images without a better label",
+    "mine": "the hard cases of a dataset, which people should label, apart from the simple ones",
     "merge": "several datasets as one, in given proportions",
 }
 
@@ -57,6 +60,56 @@ def add_output(parser: argparse.ArgumentParser, workers: bool = True) -> None:
     parser.add_argument("--private", action="store_true", help="make a repository that is created private")
 
 
+def add_looking(parser: argparse.ArgumentParser, several: bool = False) -> None:
+    """Which detectors look at the images, how, and in which of several processes."""
+    what = (
+        "Hub ids or folders of detectors, such as checkpoints of one"
+        if several
+        else "Hub id or folder of the detector"
+    )
+    parser.add_argument("--detector", required=True, nargs="+" if several else 1, metavar="NAME", help=what)
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the network; auto is bfloat16 on a GPU and float32 elsewhere (default: %(default)s)",
+    )
+    parser.add_argument("--batch-size", type=int, default=32, help="most images at a time (default: %(default)s)")
+    parser.add_argument("--decoders", type=int, default=4, help="threads that decode images (default: %(default)s)")
+    parser.add_argument("--device", help="such as cpu, cuda, cuda:1, mps; by default the best there is")
+    parser.add_argument(
+        "--rank", type=int, help="of this process among those that share the work; by default the launcher's"
+    )
+    parser.add_argument("--world-size", type=int, help="number of these processes; by default the launcher's")
+
+
+def detectors_of(args: argparse.Namespace) -> list[str]:
+    """Where the detectors of [`add_looking`] lie."""
+    from .diagnose import find_detector
+
+    return [str(find_detector(name, "--detector")) for name in args.detector]
+
+
+def looking(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of a `DetectorStage`."""
+    from .diagnose import best_device
+
+    device = args.device or best_device(int(os.environ.get("LOCAL_RANK", 0)))
+    precision = args.precision
+    if precision == "auto":
+        precision = "bfloat16" if device.startswith("cuda") else "float32"
+    return {"precision": precision, "device": device, "batch_size": args.batch_size, "decoders": args.decoders}
+
+
+def place(args: argparse.Namespace) -> dict[str, int]:
+    """`rank` and `world_size` of this process, by the arguments or by the environment that launchers set."""
+    if (args.rank is None) != (args.world_size is None):
+        raise ValueError("`--rank` and `--world-size` belong together: give both, or none.")
+    if args.rank is not None:
+        return {"rank": args.rank, "world_size": args.world_size}
+    return {"rank": int(os.environ.get("RANK", 0)), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
+
+
 def shards_of(name: str, number: int = 0) -> list:
     """The shards of a dataset of the command line."""
     from ..data import find_shards
@@ -66,14 +119,21 @@ def shards_of(name: str, number: int = 0) -> list:
 
 
 def run_stage_of(args: argparse.Namespace, stage: Any, shards: Sequence, **options: Any) -> int:
-    """Run the stage as [`add_output`] says, print the counts, push. Returns the exit status."""
-    from ..data import push_dataset, run_stage
+    """Run the stage as [`add_output`] says, and [`report`]. Returns the exit status."""
+    from ..data import run_stage
+
+    options.setdefault("workers", getattr(args, "workers", 1))
+    return report(args, lambda: run_stage(stage, shards, args.output, restart=args.restart, **options))
+
+
+def report(args: argparse.Namespace, work: Callable[[], dict[str, Any] | None]) -> int:
+    """Do the work that gives the counts of a stage, print them, push. Returns the exit status."""
+    from ..data import push_dataset
     from ..data.stage import line_of
     from ..files import FolderInUse, listed
 
-    options.setdefault("workers", getattr(args, "workers", 1))
     try:
-        counts = run_stage(stage, shards, args.output, restart=args.restart, **options)
+        counts = work()
     except FolderInUse as error:
         raise ValueError(f"`--output`: {error}") from error
     except KeyboardInterrupt:

@@ -19,8 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..data import Merge, shares_of
+    from ..data import Merge, common_columns, shares_of
 
     parts = [shards_of(name, number) for number, name in enumerate(args.datasets)]
-    stage = Merge(shares_of([sum(shard.rows for shard in part) for part in parts], args.weights))
-    return run_stage_of(args, stage, [shard for part in parts for shard in part])
+    shards = [shard for part in parts for shard in part]
+    shares = shares_of([sum(shard.rows for shard in part) for part in parts], args.weights)
+    return run_stage_of(args, Merge(shares, common_columns(shards)), shards)

@@ -101,13 +101,21 @@ def load_detector(name: str, device: str | None = None):
     """
     import torch
 
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = device or best_device()
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"`--device {device}` cannot be used here: {str(error).splitlines()[0]}") from error
     return open_detector(find_detector(name, "--detector"), device)
+
+
+def best_device(local_rank: int = 0) -> str:
+    """The accelerator that there is, the one of this process where a launcher started several, or "cpu"."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"cuda:{local_rank}" if local_rank else "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def find_detector(name: str, argument: str) -> str | Path:

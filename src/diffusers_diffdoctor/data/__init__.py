@@ -6,7 +6,9 @@ what lies in the folder of a dataset.
 """
 
 from .card import push_dataset
-from .merge import Merge, shares_of
+from .label import Label
+from .merge import Merge, common_columns, shares_of
+from .mine import Score, mine
 from .photos import Photos
 from .schema import FEATURES, SOURCES
 from .shards import find_shards, group_files
@@ -16,11 +18,15 @@ from .stage import Stage, run_stage
 __all__ = [
     "FEATURES",
     "SOURCES",
+    "Label",
     "Merge",
     "Photos",
+    "Score",
     "Stage",
+    "common_columns",
     "find_shards",
     "group_files",
+    "mine",
     "push_dataset",
     "run_stage",
     "shares_of",

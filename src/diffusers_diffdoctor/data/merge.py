@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from .schema import Row, decode_image, decode_map
+from datasets import Features
+
+from .schema import FEATURES, Row, decode_image, decode_map
 from .shards import Quarantined, Shard
 from .stage import LEFT_OUT, Result, Stage, row_name
 
@@ -17,11 +19,16 @@ class Merge(Stage):
 
     Args:
         shares: of each dataset's rows that are taken, in (0, 1], evenly spread over it; see [`shares_of`].
+        columns_kept: beyond the schema; see [`common_columns`].
     """
 
     shares: tuple[float, ...]
+    columns_kept: tuple[str, ...] = ()
 
     name: ClassVar[str] = "merge"
+
+    def features(self, shard: Shard) -> Features:
+        return Features(FEATURES | {name: shard.features[name] for name in self.columns_kept})
 
     def process(self, rows: Iterator[Row], shard: Shard) -> Iterator[Result]:
         share = self.shares[shard.dataset]
@@ -35,6 +42,16 @@ class Merge(Stage):
                 yield Quarantined(row_name(row), str(error) or type(error).__name__)
                 continue
             yield row
+
+
+def common_columns(shards: Sequence[Shard]) -> tuple[str, ...]:
+    """The columns beyond the schema that all shards have, and of one type: a dataset must have one schema."""
+    first, *others = [shard.features for shard in shards]
+    return tuple(
+        name
+        for name, feature in first.items()
+        if name not in FEATURES and all(other.get(name) == feature for other in others)
+    )
 
 
 def shares_of(rows: Sequence[int], weights: Sequence[float] | None) -> tuple[float, ...]:

@@ -49,7 +49,8 @@ Result = Row | tuple[str, Row] | Quarantined | LeftOut
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """What happens to the rows of a dataset. The fields of a subclass are its settings, which JSON can hold.
+    """What happens to the rows of a dataset. The fields of a subclass are its settings, which JSON can hold; fields with
+    `compare=False` say how fast it is done and not what.
 
     `process` is a pure function of settings and rows: it is called once for each shard, in any process and any order.
     """
@@ -69,7 +70,12 @@ class Stage:
 
     def settings(self) -> dict[str, Any]:
         """What makes two runs of the stage give the same rows."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
+        return json.loads(json.dumps(fields))
+
+    def features(self, shard: Shard) -> Features:
+        """Of the rows that come out: those of the input, and `columns`."""
+        return Features(shard.features | dict(self.columns))
 
 
 def row_name(row: Row) -> str | None:
@@ -88,7 +94,7 @@ def run_shard(
     Pure: the same stage and shard write the same bytes, however often and wherever it is called.
     """
     output_dir = Path(output_dir)
-    features = Features(shard.features | dict(stage.columns))
+    features = stage.features(shard)
     quarantine, tally, given = [], Counter(), Counter()
 
     def rows() -> Iterator[Row]:

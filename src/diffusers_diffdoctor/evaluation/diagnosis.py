@@ -28,6 +28,7 @@ from ..files import (
     written_atomically,
 )
 from ..images import read_image, to_image_tensor
+from ..loading import weights_sha256
 from ..names import harmless
 from .metrics import area_ratio, max_confidence, wilson_interval
 from .pictures import heatmap_overlay, image_grid, to_pil
@@ -120,7 +121,7 @@ def diagnose_images(
     with only_run(output_dir):
         settings = {
             "detector": detector_name,
-            "weights_sha256": fingerprint(detector),
+            "weights_sha256": weights_sha256(detector),
             "threshold": threshold,
             "tile": tile,
         }
@@ -256,18 +257,6 @@ def written_to(output_dir: str | os.PathLike) -> list[Path]:
         *(output_dir / name for name in WRITTEN),
         *map(unfinished_at, (output_dir / n for n in WRITTEN)),
     ]
-
-
-@torch.no_grad()
-def fingerprint(model: torch.nn.Module) -> str:
-    """sha256 of a model's weights by name: another detector at the same address has another fingerprint."""
-
-    def parts():
-        for name, tensor in sorted(model.state_dict().items()):
-            yield f"{name} {tensor.dtype} {tuple(tensor.shape)}"
-            yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-    return digest(parts())
 
 
 def _decoded(files: Sequence[Path], pool: ThreadPoolExecutor, ahead: int) -> Iterator[tuple[Path, object]]:
