@@ -48,6 +48,14 @@ def lines_of(folder):
     return [line for line in lines if "loss" in line]
 
 
+@pytest.fixture(autouse=True)
+def sigint_is_heard():
+    """A shell lets its background jobs ignore it, and tests may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # --- stopping --------------------------------------------------------------------------------------------------------------------
 
 
@@ -93,6 +101,13 @@ def test_the_grace_ends_a_step_that_takes_longer(tmp_path):
     assert time.monotonic() - start < 30 and list(checkpoints(tmp_path)) == [2]
     with pytest.raises(ValueError, match="`stop_grace` is -1"):
         trainer_of("detector", tmp_path, stop_grace=-1)
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trainer = trainer_of("detector", tmp_path, lambda: signal.raise_signal(signal.SIGINT))
+    trainer.train()
+    assert trainer.state.global_step == 5 and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
 
 def test_training_in_a_thread_leaves_signals_alone(tmp_path):

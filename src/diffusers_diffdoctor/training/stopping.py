@@ -14,7 +14,8 @@ class StopSignals:
     """`with StopSignals(grace) as stop:` a first signal is kept in `stop.received`, for the work to end when it can.
 
     After `grace` seconds, or at a second signal, the signal has the effect it had before: SIGINT raises `KeyboardInterrupt`,
-    SIGTERM ends the process. Outside the main thread, where Python takes no handlers, nothing is changed.
+    SIGTERM ends the process. Outside the main thread, where Python takes no handlers, nothing is changed; and a signal that
+    is ignored, as SIGINT is in a shell's background jobs, stays so.
     """
 
     INTERRUPT = signal.SIGINT
@@ -29,7 +30,8 @@ class StopSignals:
     def __enter__(self) -> "StopSignals":
         self.received, self._process = None, os.getpid()
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(self, *exception) -> None:
