@@ -119,8 +119,8 @@ def test_wheel_holds_all_the_package_and_nothing_else(tmp_path):
 FLOORS = [
     {"disk", "files", "seeds"},
     {"images", "loading", "names"},
-    {"training"},
-    {"detector", "evaluation.metrics", "treatment.losses"},
+    {"training", "evaluation.metrics", "evaluation.detector_figures", "treatment.losses"},
+    {"detector"},
     {"rewards", "evaluation", "rollout"},
     {"treatment", "data"},
     {"miniature"},

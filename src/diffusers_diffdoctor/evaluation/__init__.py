@@ -3,10 +3,14 @@
 
 from pathlib import Path
 
+from .detector_figures import DetectorFigures, headline
 from .diagnosis import diagnose_images
 from .metrics import (
     area_ratio,
     artifact_frequency,
+    average_precision,
+    average_precision_bounds,
+    calibration_error,
     error_rates,
     kl_false_alarms,
     kl_misses,
@@ -14,6 +18,7 @@ from .metrics import (
     max_confidence,
     pairwise_diversity,
     pixel_change,
+    roc_auc,
     sharpness,
     wilson_interval,
 )
@@ -28,14 +33,19 @@ ARTIFACT_MAP_METRIC = str(Path(__file__).with_name("artifact_map_metric.py"))
 
 __all__ = [
     "ARTIFACT_MAP_METRIC",
+    "DetectorFigures",
     "ImagePairs",
     "TreatmentRun",
     "area_ratio",
     "artifact_frequency",
+    "average_precision",
+    "average_precision_bounds",
     "before_after_grid",
+    "calibration_error",
     "diagnose_images",
     "draw_pairs",
     "error_rates",
+    "headline",
     "heatmap_overlay",
     "html_report",
     "image_grid",
@@ -49,6 +59,7 @@ __all__ = [
     "plot_curves",
     "print_summary",
     "render",
+    "roc_auc",
     "sharpness",
     "to_pil",
     "wilson_interval",

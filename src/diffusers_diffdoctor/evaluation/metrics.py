@@ -1,9 +1,10 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Figures of merit as small pure functions.
 
-Shapes: images (B, 3, H, W) and artifact maps (B, 1, H, W), both floats in [0, 1]; 1 = artifact. Maps of another shape or
-range, and none at all, are a `ValueError`. A figure that is undefined, because it is over no image or pixel, is nan.
-Functions that return (B,) give one figure per image, so that images of different sizes can be averaged with equal weight.
+Shapes: images (B, 3, H, W) and artifact maps (B, 1, H, W), both floats in [0, 1]; 1 = artifact. A true map may also hold
+-1, where a pixel does not count: padding, or what an annotator left open. Maps of another shape or range, and none at all, are a
+`ValueError`. A figure that is undefined, because it is over no image or pixel, is nan. Functions that return (B,) give one figure
+per image, so that images of different sizes can be averaged with equal weight.
 
 "The paper" is DiffDoctor, arXiv 2501.12382. It gives neither the formulas of its KL columns nor the rule behind
 "artifact frequency"; where a choice is ours, the docstring says so.
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 
+IGNORED = -1  # of a true map: the pixel does not count
 Z_95 = 1.959964  # standard deviations on either side that hold 95 % of a normal distribution
 
 
@@ -42,8 +44,8 @@ def artifact_frequency(maps: torch.Tensor, threshold: float = 0.5) -> float:
 
 def map_mse(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """(B, 1, H, W) twice -> (B,): mean squared difference over an image's pixels, the paper's L_AD."""
-    _check_maps(predicted=predicted, target=target)
-    return (predicted - target).square().flatten(1).mean(dim=1)
+    counted = _check_pair(predicted, target)
+    return _mean((predicted - target).square(), counted)
 
 
 def kl_misses(predicted: torch.Tensor, target: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -66,14 +68,88 @@ def kl_false_alarms(predicted: torch.Tensor, target: torch.Tensor, eps: float = 
 
 
 def _kl_where(compare, predicted, target, eps):
-    _check_maps(predicted=predicted, target=target)
-    predicted, target = predicted.double(), target.double()
-    where = compare(predicted, target).flatten(1)
+    counted = _check_pair(predicted, target)
+    predicted, target = predicted.double(), target.double().clamp(min=0)
     q = predicted.clamp(eps, 1 - eps)
     # xlogy(0, 0) = 0, so 0/1 targets need no clamp of their own
     kl = torch.xlogy(target, target / q) + torch.xlogy(1 - target, (1 - target) / (1 - q))
     # The clamp can push a prediction past a target closer to 0 or 1 than eps; what is left is rounding.
-    return (kl.flatten(1).clamp(min=0) * where).mean(dim=1).float()
+    return _mean(kl.clamp(min=0) * compare(predicted, target), counted).float()
+
+
+def _mean(values: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
+    """(B, ...) twice -> (B,): the mean over what counts of each image, nan where nothing does."""
+    return (values * counted).flatten(1).sum(dim=1) / counted.flatten(1).sum(dim=1)
+
+
+# --- figures of scores in bins -------------------------------------------------------------------------------------------------
+
+
+def average_precision(positives: torch.Tensor, negatives: torch.Tensor) -> float:
+    """Area under precision over recall, in [0, 1]: the mean over the positives of the precision at which each is found.
+
+    `AP = 1/P sum_i (found_i / (found_i + alarms_i))`, without interpolation. The order within a bin is not known: its middle
+    positive stands for all of them, and comes with half of the bin's negatives (ours).
+
+    Args:
+        positives, negatives: (K,) how many of each have their score in bin 0 ... K - 1; scores rise with the bin.
+
+    Returns:
+        nan without a positive. The average precision of the scores themselves lies within [`average_precision_bounds`].
+    """
+    p, n, found, alarms = _from_the_top(positives, negatives)
+    found, alarms = found - (p - 1) / 2, alarms - n / 2
+    return _mean_precision(p, found, alarms)
+
+
+def average_precision_bounds(positives: torch.Tensor, negatives: torch.Tensor) -> tuple[float, float]:
+    """The lowest and the highest average precision that scores in these bins can have; see [`average_precision`].
+
+    A positive is found after all of the bins above its own, and before all of the bins below: its precision is least where
+    it is the first of its bin's positives and comes with all of its bin's negatives, highest where it is the last and comes
+    with none.
+    """
+    p, n, found, alarms = _from_the_top(positives, negatives)
+    return _mean_precision(p, found - p + 1, alarms), _mean_precision(p, found, alarms - n)
+
+
+def _from_the_top(positives, negatives):
+    """Both counts from the highest bin down, and how many there are in each bin and above."""
+    p, n = positives.double().flip(0), negatives.double().flip(0)
+    return p, n, p.cumsum(0), n.cumsum(0)
+
+
+def _mean_precision(p, found, alarms):
+    return (torch.where(p > 0, p * found / (found + alarms), 0).sum() / p.sum()).item()
+
+
+def roc_auc(positives: torch.Tensor, negatives: torch.Tensor) -> float:
+    """The probability in [0, 1] that a random positive scores higher than a random negative; ties count half.
+
+    Args:
+        positives, negatives: (K,) as for [`average_precision`].
+
+    Returns:
+        The area under the ROC curve of the bins; nan without a positive or a negative. That of the scores themselves differs by
+        at most half the share of pairs that lie in one bin.
+    """
+    p, n = positives.double(), negatives.double()
+    below = n.cumsum(0) - n
+    return ((p * (below + n / 2)).sum() / (p.sum() * n.sum())).item()
+
+
+def calibration_error(counts: torch.Tensor, confidences: torch.Tensor, truths: torch.Tensor) -> float:
+    """Expected calibration error, in [0, 1]: how far a confidence is from the share of artifacts among what has it.
+
+    `ECE = sum_b n_b / N |mean confidence_b - mean truth_b|` (Naeini et al. 2015; Guo et al. 2017).
+
+    Args:
+        counts, confidences, truths: (K,) how many fell into each bin, and the sums of their confidences and of their truths.
+
+    Returns:
+        nan without a count.
+    """
+    return ((confidences - truths).abs().double().sum() / counts.sum()).item()
 
 
 def error_rates(scores: torch.Tensor, wrong: torch.Tensor, threshold: float = 0.5) -> dict[str, float]:
@@ -220,6 +296,13 @@ def _check_maps(**maps: torch.Tensor) -> None:
                 f"`{name}` must be artifact maps in [0, 1], found values in [{low:.3g}, {high:.3g}]. Pass confidences, not "
                 "logits; 8-bit maps are divided by 255."
             )
-    if len({tuple(value.shape) for value in maps.values()}) > 1:
-        shapes = ", ".join(f"`{name}` {tuple(value.shape)}" for name, value in maps.items())
-        raise ValueError(f"The maps must have one shape, found {shapes}.")
+
+
+def _check_pair(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Refuse what is no map, or not of one image; True where the target counts."""
+    _check_maps(predicted=predicted, target=target.where(target != IGNORED, 0))
+    if predicted.shape != target.shape:
+        raise ValueError(
+            f"The maps must have one shape, found `predicted` {tuple(predicted.shape)}, `target` {tuple(target.shape)}."
+        )
+    return target != IGNORED
