@@ -3,6 +3,7 @@
 
 from pathlib import Path
 
+from ..pictures import before_after_grid, heatmap_overlay, image_grid, plot_curves, to_pil
 from .detector_figures import DetectorFigures, headline
 from .diagnosis import diagnose_images
 from .metrics import (
@@ -23,7 +24,6 @@ from .metrics import (
     wilson_interval,
 )
 from .pairs import ImagePairs, measure
-from .pictures import before_after_grid, heatmap_overlay, image_grid, plot_curves, to_pil
 from .report import html_report
 from .treatment_report import TreatmentRun, draw_pairs, print_summary, render
 

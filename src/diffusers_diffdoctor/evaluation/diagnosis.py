@@ -30,8 +30,8 @@ from ..files import (
 from ..images import read_image, to_image_tensor
 from ..loading import weights_sha256
 from ..names import harmless
+from ..pictures import heatmap_overlay, image_grid, to_pil
 from .metrics import area_ratio, max_confidence, wilson_interval
-from .pictures import heatmap_overlay, image_grid, to_pil
 from .report import Figure, Picture, Section, Table, html_report
 
 

@@ -15,8 +15,8 @@ import torch
 from .. import __version__
 from ..files import write_atomically, written_atomically
 from ..names import shortened
+from ..pictures import before_after_grid, plot_curves
 from .pairs import ImagePairs, Judge, diagnose, json_ready
-from .pictures import before_after_grid, plot_curves
 from .report import Figure, Picture, Section, Table, html_report
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..files import written_atomically
+from .files import written_atomically
 
 
 # Colour of a confidence: yellow is a suspicion, magenta a certainty. At 0 nothing is drawn.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_diffdoctor.evaluation import (
+from diffusers_diffdoctor.pictures import (
     before_after_grid,
     heatmap_overlay,
     image_grid,
