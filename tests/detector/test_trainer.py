@@ -18,6 +18,7 @@ from diffusers_diffdoctor.detector import (
     ArtifactDetectorTrainer,
     ArtifactDetectorTrainingArguments,
 )
+from diffusers_diffdoctor.detector.losses import LOSSES
 from diffusers_diffdoctor.detector.modeling_artifact_detector import normalise_images, squared_error
 from diffusers_diffdoctor.detector.trainer import detector_metrics
 from diffusers_diffdoctor.images import to_image_tensor
@@ -179,13 +180,13 @@ def test_tensors_pass_unchanged_and_train(model, tmp_path):
     assert np.isfinite(trainer.train().training_loss)
 
 
-def test_accumulated_steps_make_the_loss_of_the_whole_batch(tmp_path):
-    """The loss is a mean; summing it over accumulation steps would multiply the gradient."""
-    weights = []
-    for batch, steps in ((4, 1), (2, 2)):
-        torch.manual_seed(0)
-        model = ArtifactDetectorForSemanticSegmentation(ArtifactDetectorConfig(**CONFIG))
-        model.decode_head.batch_norm.momentum = 0.0
+@pytest.mark.parametrize("loss", ["mse", "bce_dice"])
+@pytest.mark.parametrize(("batch", "steps"), [(2, 2), (1, 4), (3, 2)], ids=["halves", "singly", "unequal"])
+def test_each_image_of_an_update_weighs_the_same(tmp_path, loss, batch, steps):
+    """Whatever the batches that it comes in; of 4 images the second batch of 3 has one."""
+
+    def weights_after(batch, steps):
+        model = new_model()
         model.decode_head.batch_norm.train = lambda mode=True: None  # batch statistics would differ by themselves
         model.decode_head.batch_norm.training = False
         args = arguments(
@@ -194,12 +195,59 @@ def test_accumulated_steps_make_the_loss_of_the_whole_batch(tmp_path):
             optim="sgd",
             learning_rate=1.0,
             max_grad_norm=0.0,
+            loss=loss,
             per_device_train_batch_size=batch,
             gradient_accumulation_steps=steps,
+            logging_steps=1,
         )
-        ArtifactDetectorTrainer(model=model, args=args, train_dataset=Tensors(4)).train()
-        weights.append(model.decode_head.classifier.weight.detach())
-    torch.testing.assert_close(weights[0], weights[1])
+        trainer = ArtifactDetectorTrainer(model, args, train_dataset=Tensors(4))
+        trainer.train()
+        return model.decode_head.classifier.weight.detach(), trainer.state.log_history[0]["loss"]
+
+    whole, logged = weights_after(4, 1)
+    found, found_logged = weights_after(batch, steps)
+    torch.testing.assert_close(found, whole)
+    assert found_logged == pytest.approx(logged, rel=1e-5)
+    assert not torch.equal(whole, new_model().decode_head.classifier.weight)
+
+
+def test_the_other_loss_is_trained_and_reported(tmp_path):
+    logs = {}
+    for loss in ("mse", "bce_dice"):
+        args = arguments(tmp_path, loss=loss, max_steps=1, logging_steps=1)
+        parts = {"train_dataset": Tensors(4), "eval_dataset": Tensors(4), "compute_metrics": mean_error}
+        trainer = ArtifactDetectorTrainer(new_model(), args, **parts)
+        evaluated = trainer.evaluate(), evaluate_again(trainer)
+        assert evaluated[0]["eval_loss"] == evaluated[1]
+        trainer.train()
+        logs[loss] = (trainer.state.log_history[0]["loss"], evaluated[0]["eval_loss"], evaluated[0]["eval_mse"])
+    assert logs["mse"][1] == pytest.approx(logs["mse"][2]) == logs["bce_dice"][2] < logs["bce_dice"][1]
+    assert logs["mse"][0] < 0.4 < logs["bce_dice"][0]
+    with pytest.raises(ValueError, match="`loss` must be one of mse, bce_dice, found 'dice'"):
+        arguments(tmp_path, loss="dice")
+
+
+def mean_error(prediction):
+    return {"mse": prediction.predictions[:, 0].mean()}
+
+
+def evaluate_again(trainer):
+    """The loss of the whole evaluation set by the function itself."""
+    model, data = trainer.model.eval(), trainer.eval_dataset
+    with torch.no_grad():
+        logits = model(pixel_values=data.pixels).logits
+    logits = torch.nn.functional.interpolate(logits, size=data.labels.shape[-2:], mode="bilinear")
+    return pytest.approx(LOSSES[trainer.args.loss](logits, data.labels).mean().item(), rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_ends_the_run(tmp_path):
+    data = Tensors(4)
+    data.pixels[2, 0, 0, 0] = float("inf")
+    model = new_model()
+    trainer = ArtifactDetectorTrainer(model, arguments(tmp_path, max_steps=1), train_dataset=data)
+    with pytest.raises(FloatingPointError, match=r"gradient's norm is nan in step 1\. The weights were not updated"):
+        trainer.train()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), new_model().parameters()))
 
 
 def test_collator_prepares_as_the_model_does(model):
@@ -342,7 +390,7 @@ def test_masks_of_zero_and_one_are_refused_until_they_are_explained(model, tmp_p
 
 def test_metrics_by_hand():
     """A soft map is neither clean nor broken; the threshold itself is reached."""
-    figures = torch.tensor([[0.1, 0.9], [0.2, 0.4], [0.3, 0.6], [0.4, 0.1], [0.5, 0.6]])
+    figures = torch.tensor([[0.1, 0.9, 7], [0.2, 0.4, 7], [0.3, 0.6, 7], [0.4, 0.1, 7], [0.5, 0.6, 7]])
     truth = torch.tensor([1.0, 0.6, 0.3, 0.0, 0.0])
     metrics = detector_metrics(EvalPrediction(figures.numpy(), truth.numpy()), threshold=0.6)
     expected = {"mse": 0.3, "mse_clean": 0.45, "true_positive_rate": 1 / 2, "false_positive_rate": 2 / 3}

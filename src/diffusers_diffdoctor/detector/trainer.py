@@ -1,16 +1,19 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Train the artifact detector: images and their maps in, mean squared error out (DiffDoctor, stage one).
+"""Train the artifact detector: images and their maps in, confidences out (DiffDoctor, stage one).
 
 Left out on purpose: the data loop of the paper. It makes datasets, and this trains on one.
 """
 
+import math
 import os
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import EvalPrediction, TrainerCallback
@@ -20,6 +23,7 @@ from ..training import RunArguments, RunTrainer
 from ..training.record import plain
 from . import ArtifactDetectorImageProcessor
 from .collator import IMAGE, LABELS, MAP, NUMBER, PIXELS, SIZES, ArtifactDetectorCollator
+from .losses import LOSSES
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation, check_labels, squared_error
 
 
@@ -34,6 +38,9 @@ class ArtifactDetectorTrainingArguments(RunArguments):
 
     Args:
         learning_rate (`float`, *optional*, defaults to 6e-5): SegFormer's own; the paper names none.
+        loss (`str`, *optional*, defaults to `"mse"`): `"mse"`, the paper's squared error of the confidence, or `"bce_dice"`,
+            cross-entropy with Dice, which is ours: squared error has no gradient left where a network that starts from
+            random weights has settled on "nothing anywhere". See `losses`.
         flip_probability (`float`, *optional*, defaults to 0): probability in [0, 1] that a training image is mirrored, its
             map with it.
         jpeg_probability (`float`, *optional*, defaults to 0): probability in [0, 1] that a training image goes through JPEG,
@@ -48,6 +55,13 @@ class ArtifactDetectorTrainingArguments(RunArguments):
     learning_rate: float = field(default=6e-5, metadata={"help": "Initial learning rate; 6e-5 is SegFormer's own."})
     # The collator reads columns that the model's forward does not name.
     remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay false."})
+    loss: str = field(
+        default="mse",
+        metadata={
+            "help": "Loss: mse (squared error, paper) or bce_dice (cross-entropy with Dice, ours), for networks that start from "
+            "random weights, whose squared error has no gradient left where they have settled on nothing anywhere."
+        },
+    )
     flip_probability: float = field(
         default=0.0, metadata={"help": "Probability that a training image is mirrored, its map with it."}
     )
@@ -69,6 +83,8 @@ class ArtifactDetectorTrainingArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.loss not in LOSSES:
+            raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, found {self.loss!r}.")
         for name in ("flip_probability", "jpeg_probability", "threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], found {getattr(self, name)}.")
@@ -87,7 +103,7 @@ def detector_metrics(prediction: EvalPrediction, threshold: float = 0.5) -> dict
     """Metrics from the figures per image that [`ArtifactDetectorTrainer`] collects.
 
     Args:
-        prediction: `predictions` (N, 2) with the mean squared error and the highest confidence of each image,
+        prediction: `predictions` (N, 3) with the mean squared error, the highest confidence and the loss of each image,
             `label_ids` (N,) with the highest value of its true map.
         threshold: highest confidence from which an image counts as having artifacts.
 
@@ -96,8 +112,9 @@ def detector_metrics(prediction: EvalPrediction, threshold: float = 0.5) -> dict
         that are found; `false_positive_rate`, the share of the others in which artifacts are claimed. A metric over no
         image is nan, and a warning says so.
     """
-    (error, confidence), truth = torch.as_tensor(prediction.predictions).T, torch.as_tensor(prediction.label_ids)
-    found, broken = (confidence >= threshold).float(), truth >= threshold
+    error, confidence, _ = torch.as_tensor(prediction.predictions).double().T
+    truth = torch.as_tensor(prediction.label_ids)
+    found, broken = (confidence >= threshold).double(), truth >= threshold
     metrics = {
         "mse": error,
         "mse_clean": error[truth == 0],
@@ -115,7 +132,7 @@ def detector_metrics(prediction: EvalPrediction, threshold: float = 0.5) -> dict
 
 
 class ArtifactDetectorTrainer(RunTrainer):
-    """Trains an [`ArtifactDetectorForSemanticSegmentation`] with the loss `L_AD`, the mean squared error of the confidence.
+    """Trains an [`ArtifactDetectorForSemanticSegmentation`] to give every pixel the confidence that it is an artifact.
 
     ```python
     trainer = ArtifactDetectorTrainer(
@@ -137,13 +154,16 @@ class ArtifactDetectorTrainer(RunTrainer):
             fit in memory.
         **kwargs: what [`~transformers.Trainer`] takes.
 
-    Evaluation reports `eval_loss` and the metrics of [`detector_metrics`].
+    The loss is the mean of [`losses.LOSSES`] over all images of an update, on all processes: an image weighs the same whatever
+    the batch, the accumulation and the number of processes are. Evaluation reports `eval_loss`, the same mean over its images, and
+    the metrics of [`detector_metrics`].
 
     Raises:
         ValueError: a dataset is empty or lacks a column.
     """
 
     _tag_names = ["diffusers-diffdoctor", "artifact-detection"]
+    loss_is_scaled_for_ga = True  # `compute_loss` divides by the images of the update
     outputs = ("model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json")
 
     def __init__(
@@ -182,18 +202,18 @@ class ArtifactDetectorTrainer(RunTrainer):
             )
             # saved with the weights
             kwargs.setdefault("processing_class", ArtifactDetectorImageProcessor.for_detector(model.config))
-        if compute_metrics is None:
-
-            def compute_metrics(prediction):
-                return detector_metrics(prediction, args.threshold)
-
+        measure = partial(detector_metrics, threshold=args.threshold) if compute_metrics is None else compute_metrics
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             data_collator=data_collator,
-            compute_metrics=compute_metrics,
+            # the parent's own mean counts an image twice where processes have unequal numbers of them
+            compute_metrics=lambda prediction: {
+                "loss": float(np.mean(prediction.predictions[:, 2], dtype=np.float64)),
+                **measure(prediction),
+            },
             **kwargs,
         )
         if isinstance(data_collator, ArtifactDetectorCollator):
@@ -240,8 +260,35 @@ class ArtifactDetectorTrainer(RunTrainer):
         finally:
             self.data_collator = training_collator
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The batches of an update, and how many images they hold on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        count = torch.tensor(float(sum(len(batch[LABELS]) for batch in batches)), device=device)
+        return batches, self.accelerator.reduce(count)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The sum of the images' losses over the images of the update: each weighs the same in it."""
+        if self.compute_loss_func is not None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs[LABELS]
+        check_labels(inputs[PIXELS], labels)
+        outputs = model(pixel_values=inputs[PIXELS])
+        losses = LOSSES[self.args.loss](_upsample(outputs.logits, labels.shape[-2:]), labels)
+        # DDP averages the gradients of the processes, so each takes its sum times their number over the count of all.
+        loss = losses.sum() * self.accelerator.num_processes / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(norm) and self.accelerator.scaler is None:  # a scaler skips such steps by itself
+            raise FloatingPointError(
+                f"The gradient's norm is {float(norm)} in step {self.state.global_step + 1}. The weights were not updated. Resume "
+                "from the last checkpoint with a lower `learning_rate` or `max_grad_norm`, or in float32 (`bf16=False`)."
+            )
+        return norm
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(loss, figures (B, 2), truth (B,)); see [`detector_metrics`].
+        """(None, figures (B, 3), truth (B,)); see [`detector_metrics`].
 
         Each image is seen without the padding that its batch brought, and measured at the full size of its map: the figures
         are those of `confidence`, image by image, whatever the batch is.
@@ -253,18 +300,16 @@ class ArtifactDetectorTrainer(RunTrainer):
         groups = defaultdict(list)  # size -> rows of the batch
         for row, size in enumerate(inputs.get(SIZES, whole).tolist()):
             groups[tuple(size)].append(row)
-        figures = labels.new_empty(len(labels), 2)
+        figures = labels.new_empty(len(labels), 3)
         for (h, w, height, width), rows in groups.items():
             truth = labels[rows, :, :height, :width]
             with torch.no_grad(), self.compute_loss_context_manager():
-                logits = model(pixel_values=pixels[rows, :, :h, :w]).logits
-            confidence = F.interpolate(
-                logits.float(), size=(height, width), mode="bilinear", align_corners=False
-            ).sigmoid()
+                logits = _upsample(model(pixel_values=pixels[rows, :, :h, :w]).logits, (height, width))
+            confidence = logits.sigmoid()
             figures[rows, 0] = squared_error(confidence, truth)
             figures[rows, 1] = confidence.flatten(1).amax(dim=1)
-        loss = figures[:, 0].mean()
-        return (loss, None, None) if prediction_loss_only else (loss, figures, labels.flatten(1).amax(dim=1))
+            figures[rows, 2] = LOSSES[self.args.loss](logits, truth)
+        return None, figures, labels.flatten(1).amax(dim=1)
 
     # The parent puts the tensors of a checkpoint's file into the model by their names there. Files keep the names that
     # SegFormer had before transformers 5, so it would find none and go on with random weights.
@@ -288,6 +333,10 @@ class ArtifactDetectorTrainer(RunTrainer):
                 file.write(
                     model.model_card(self.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)))
                 )
+
+
+def _upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
 
 class _TellEpoch(TrainerCallback):

@@ -40,6 +40,7 @@ from ..detector import (
     ArtifactDetectorTrainer,
     ArtifactDetectorTrainingArguments,
 )
+from ..detector.losses import cross_entropy_with_dice
 from .check import fresh_scenes, rates_on_scenes, reproduce
 from .judge import MiniatureJudge
 from .muon import Muon
@@ -320,13 +321,6 @@ def build_transformer(
 # --- detector, judge, CLIP -------------------------------------------------------------------------------------------
 
 
-def _segmentation_loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy and a little of the Dice loss (arXiv 1606.04797), which small regions do not drown in."""
-    confidence = logits.sigmoid()
-    dice = 1 - 2 * (confidence * target).sum() / (confidence + target).sum()
-    return F.binary_cross_entropy_with_logits(logits, target) + 0.2 * dice
-
-
 class _TensorScenes(torch.utils.data.Dataset):
     """Scenes as the detector's input, prepared on access."""
 
@@ -369,6 +363,7 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 5000, scen
         max_steps=steps,
         per_device_train_batch_size=24,
         per_device_eval_batch_size=100,
+        loss="bce_dice",  # it starts from random weights, the paper's from pretrained ones
         learning_rate=1e-3,
         lr_scheduler_type="warmup_stable_decay",
         lr_scheduler_kwargs={"num_decay_steps": steps // 3, "warmup_type": "linear", "decay_type": "linear"},
@@ -388,11 +383,6 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 5000, scen
         train_dataset=_TensorScenes(images[held:], maps[held:], config),
         eval_dataset=_TensorScenes(images[:held], maps[:held], config),
         optimizers=(Muon(model, args.learning_rate), None),
-        # The paper's squared error has no gradient left where a random network has settled on "nothing anywhere"; its
-        # SegFormer starts from pretrained weights, this one from none.
-        compute_loss_func=lambda outputs, labels, num_items_in_batch=None: _segmentation_loss(
-            F.interpolate(outputs.logits, size=labels.shape[-2:], mode="bilinear", align_corners=False), labels
-        ),
     )
     trainer.train(resume_from_checkpoint="auto")
     shutil.rmtree(args.output_dir, ignore_errors=True)
@@ -423,7 +413,7 @@ def build_judge(vae: AutoencoderKL, output_dir: Path, steps: int = 4000, scenes:
         gain = 1 + 0.1 * torch.randn(len(rows), 1, 1, 1, generator=generator)
         x = (x * gain).clamp(0, 1).contiguous(memory_format=torch.channels_last)
         logits = judge(x)
-        return _segmentation_loss(logits, target)
+        return cross_entropy_with_dice(logits, target).mean()
 
     _train(judge, loss_of_step, steps, 2e-3, "judge", output_dir / "training" / "judge.pt")
     judge = judge.to(memory_format=torch.contiguous_format)
