@@ -14,11 +14,11 @@ from ..images import read_artifact_map, read_image, to_image_tensor
 from ..seeds import derive_seed
 from .configuration_artifact_detector import ArtifactDetectorConfig
 from .modeling_artifact_detector import normalise_images
+from .sampling import DRAW
 
 
 IMAGE, MAP = "image", "artifact_map"
 PIXELS, LABELS, SIZES = "pixel_values", "labels", "sizes"
-NUMBER = "number"  # of a row in its dataset
 NOT_COUNTED = -1.0  # label of a pixel that no loss and no metric counts
 
 
@@ -36,9 +36,9 @@ class ArtifactDetectorCollator:
     Args:
         config: configuration of the detector.
         flip_probability, jpeg_probability, jpeg_quality, map_maximum: see [`ArtifactDetectorTrainingArguments`].
-            A row with a key "number" is augmented by `seed`, `epoch` and that number alone, so that a resumed run sees what
-            one that was never stopped sees; others draw from torch's generator.
-        seed: decides the augmentation of numbered rows.
+            A row with a [`Draw`] is augmented by `seed` and that draw alone, so that a resumed run sees what one that was
+            never stopped sees, in whatever worker process; others draw from torch's generator.
+        seed: decides the augmentation of rows with a draw.
         for_evaluation: leave maps at the size of their images, and say in `sizes` (B, 4) how high and wide the pixel values
             and the maps are without padding.
     """
@@ -54,7 +54,7 @@ class ArtifactDetectorCollator:
         seed: int = 0,
     ):
         self.config = config
-        self.seed, self.epoch = seed, 0
+        self.seed = seed
         self.flip_probability = flip_probability
         self.jpeg_probability = jpeg_probability
         self.jpeg_quality = jpeg_quality
@@ -72,8 +72,9 @@ class ArtifactDetectorCollator:
 
     def _prepare(self, row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         generator = None
-        if NUMBER in row:
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmentation", self.epoch, row[NUMBER]))
+        if DRAW in row:
+            draw = row[DRAW]
+            generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmentation", draw.epoch, draw.place))
         image, artifact_map = self._augment(*_read(row, self.map_maximum), generator)
         pixels = normalise_images(to_image_tensor(image)[None], self.config)
         labels = torch.from_numpy(np.array(artifact_map))[None, None] / 255

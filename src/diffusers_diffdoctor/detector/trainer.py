@@ -22,9 +22,10 @@ from ..loading import errors_named
 from ..training import RunArguments, RunTrainer
 from ..training.record import plain
 from . import ArtifactDetectorImageProcessor
-from .collator import IMAGE, LABELS, MAP, NUMBER, PIXELS, SIZES, ArtifactDetectorCollator
+from .collator import IMAGE, LABELS, MAP, PIXELS, SIZES, ArtifactDetectorCollator
 from .losses import LOSSES
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation, check_labels, squared_error
+from .sampling import DrawnRows, EpochSampler
 
 
 # of a configuration: they differ with the library and the folder
@@ -83,6 +84,13 @@ class ArtifactDetectorTrainingArguments(RunArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        if self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"`train_sampling_strategy` must be 'random' or 'sequential', found {self.train_sampling_strategy!r}: images "
+                "have no length to group them by."
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, found {self.loss!r}.")
         for name in ("flip_probability", "jpeg_probability", "threshold"):
@@ -198,7 +206,7 @@ class ArtifactDetectorTrainer(RunTrainer):
                 args.jpeg_probability,
                 (args.jpeg_quality_min, args.jpeg_quality_max),
                 args.map_maximum,
-                seed=args.seed if args.data_seed is None else args.data_seed,
+                seed=args.data_seed,
             )
             # saved with the weights
             kwargs.setdefault("processing_class", ArtifactDetectorImageProcessor.for_detector(model.config))
@@ -216,8 +224,8 @@ class ArtifactDetectorTrainer(RunTrainer):
             },
             **kwargs,
         )
-        if isinstance(data_collator, ArtifactDetectorCollator):
-            self.add_callback(_TellEpoch(data_collator))
+        self._epoch = _Epoch()
+        self.add_callback(self._epoch)
 
     def record(self) -> dict[str, Any]:
         """What is written beside the weights, and compared when a run resumes: the run, the architecture, the rows."""
@@ -241,11 +249,26 @@ class ArtifactDetectorTrainer(RunTrainer):
     def get_train_dataloader(self):
         whole = self.train_dataset
         if hasattr(whole, "__getitem__") and isinstance(self.data_collator, ArtifactDetectorCollator):
-            self.train_dataset = _Numbered(whole)
+            self.train_dataset = DrawnRows(whole)
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset = whole
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        # A loader draws a seed whenever it starts workers. From torch's own generator, the network's dropout would depend on
+        # how many there are and whether they persist, and a resumed run would end otherwise.
+        loader.base_dataloader.generator = torch.Generator().manual_seed(self.args.data_seed)
+        return loader
+
+    def _get_train_sampler(self, train_dataset: Any = None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not isinstance(dataset, DrawnRows):
+            return super()._get_train_sampler(train_dataset)
+        shuffle = self.args.train_sampling_strategy != "sequential"
+        self._epoch.sampler = EpochSampler(len(dataset), self.args.data_seed, shuffle)
+        return self._epoch.sampler
 
     def get_eval_dataloader(self, *args, **kwargs):
         return self._without_augmentation(super().get_eval_dataloader, *args, **kwargs)
@@ -339,27 +362,14 @@ def _upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
 
-class _TellEpoch(TrainerCallback):
-    """Every pass over the data is augmented in its own way."""
+class _Epoch(TrainerCallback):
+    """Tells the sampler, whose rows carry it into the workers, so that every pass over the data is another."""
 
-    def __init__(self, collator: ArtifactDetectorCollator):
-        self.collator = collator
+    sampler: EpochSampler | None = None
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.epoch = int(state.epoch or 0)
-
-
-class _Numbered(torch.utils.data.Dataset):
-    """The rows of a dataset, each with its number."""
-
-    def __init__(self, rows: Any):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        return {**self.rows[number], NUMBER: number}
+        if self.sampler is not None:
+            self.sampler.epoch = int(state.epoch or 0)
 
 
 def _check_dataset(name: str, dataset: Any) -> None:
