@@ -96,8 +96,10 @@ def given(page: str, folder: Path) -> dict:
             "clip_score": lambda images, prompts: images.mean(dim=(1, 2, 3)),
             "image_features": lambda images: images.flatten(1),
             "trainer": tiny_trainer(folder / "evaluated"),
-            "batches": [(images, (images[:, :1] > 0.5).float())],
         }
+    if page == "detector_metrics":
+        groups = {"category": [["hand"], []] * 2, "generator": ["flux"] * 4, "source": ["photo", "human"] * 2}
+        names |= {"batches": [{"images": images, "maps": (images[:, :1] > 0.5).float(), **groups}]}
     return names
 
 
