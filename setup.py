@@ -19,6 +19,7 @@ INSTALL_REQUIRES = [
     "peft>=0.19",
     "accelerate>=1.12",
     "datasets>=4.0",
+    "pyarrow>=16",
     "huggingface-hub>=1.3",
     "filelock>=3.12",
     "evaluate>=0.4.6",
@@ -35,6 +36,7 @@ INSTALL_REQUIRES = [
 ]
 EXTRAS = {
     "quantization": ["torchao>=0.16"],
+    "cluster": ["datatrove>=0.10"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -42,6 +44,7 @@ EXTRAS = {
         "tensorboard>=2.18",
         "ftfy>=6.3",
         "torchao>=0.16",
+        "datatrove>=0.10",
     ],
     "quality": ["ruff>=0.14"],
     "docs": ["hf-doc-builder>=0.5"],

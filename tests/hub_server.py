@@ -1,10 +1,10 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""A Hub in one process: the HTTP endpoints that `huggingface_hub` uses to create, fill and read a model repository.
+"""A Hub in one process: the HTTP endpoints that `huggingface_hub` uses to create, fill and read a repository.
 
 It lets the tests push and load by id (`from_pretrained("diffdoctor/detector")`) with the real client and no network. What it
-speaks: repository creation, preupload, Git LFS batch + upload + verify, commit (ndjson), model info, tree, paths-info,
-branches, resolve, whoami and the check of a model card's metadata. What it leaves out: Xet storage (the client falls back to
-LFS under `HF_HUB_DISABLE_XET=1`), datasets and spaces, pull requests, pagination, ranges and private repositories.
+speaks, for models and datasets: repository creation, preupload, Git LFS batch + upload + verify, commit (ndjson), info, tree,
+paths-info, branches, resolve, whoami and the check of a card's metadata. What it leaves out: Xet storage (the client falls back
+to LFS under `HF_HUB_DISABLE_XET=1`), spaces, pull requests, pagination, ranges and private repositories.
 
 As on the real Hub, whatever writes needs a token, a missing repository and a missing file are told apart by `X-Error-Code`,
 binary files travel by LFS only, and an LFS object whose bytes do not hash to its name is refused.
@@ -59,7 +59,7 @@ class Hub:
     """The store: repositories as lists of commits, large objects by their sha256, and a log of requests."""
 
     def __init__(self):
-        self.branches = {}  # "owner/name" -> {branch: commit id}
+        self.branches = {}  # "owner/name", or "datasets/owner/name" -> {branch: commit id}
         self.commits = {}  # commit id -> {path: (bytes, sha256 if it came through LFS else None)}
         self.objects = {}  # sha256 -> bytes
         self.requests = []  # "METHOD /path", in order of arrival
@@ -109,6 +109,9 @@ def card_metadata(content: str) -> dict:
 # --- endpoints: each takes the hub, a request and the parts of the path, and returns what is sent back as JSON -----------
 
 ROUTES = []
+# a repository as addresses name it
+API = r"/api/(?P<repo>(?:models|datasets)/[^/]+/[^/]+)"
+FILES = r"/(?P<repo>(?:datasets/)?[^/]+/[^/]+)"
 
 
 def route(method: str, pattern: str, writes: bool = False):
@@ -128,16 +131,18 @@ def whoami(hub, request):
 def create_repo(hub, request):
     wanted = json.loads(request.body)
     owner = wanted.get("organization") or USER
-    if wanted.get("type", "model") != "model":
-        raise HubError(400, "This hub holds models only")
+    kind = wanted.get("type") or "model"
+    if kind not in ("model", "dataset"):
+        raise HubError(400, "This hub holds models and datasets only")
     if owner not in (USER, *ORGANIZATIONS):
-        raise HubError(403, f"You don't have the rights to create a model under the namespace {owner!r}")
+        raise HubError(403, f"You don't have the rights to create a {kind} under the namespace {owner!r}")
     repo_id = f"{owner}/{wanted['name']}"
-    url = f"{request.endpoint}/{repo_id}"
-    if repo_id in hub.branches:
-        raise HubError(409, "You already created this model repo", url=url)
-    hub.branches[repo_id] = {}
-    hub.commit(repo_id, "main", {})
+    repo = repo_id if kind == "model" else f"datasets/{repo_id}"
+    url = f"{request.endpoint}/{repo}"
+    if repo in hub.branches:
+        raise HubError(409, f"You already created this {kind} repo", url=url)
+    hub.branches[repo] = {}
+    hub.commit(repo, "main", {})
     return {"url": url, "name": repo_id, "id": repo_id}
 
 
@@ -151,7 +156,7 @@ def validate_yaml(hub, request):
     return {"errors": [], "warnings": warnings}
 
 
-@route("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/(?P<revision>[^/]+)", writes=True)
+@route("POST", API + r"/preupload/(?P<revision>[^/]+)", writes=True)
 def preupload(hub, request, repo, revision):
     hub.commit_of(repo, revision)
 
@@ -162,7 +167,7 @@ def preupload(hub, request, repo, revision):
     return {"files": [mode(file) for file in json.loads(request.body)["files"]]}
 
 
-@route("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/batch", writes=True)
+@route("POST", FILES + r"\.git/info/lfs/objects/batch", writes=True)
 def lfs_batch(hub, request, repo):
     hub.commit_of(repo)
 
@@ -186,7 +191,7 @@ def lfs_upload(hub, request, oid):
     return {}
 
 
-@route("POST", r"/(?P<repo>[^/]+/[^/]+)\.git/info/lfs/objects/verify", writes=True)
+@route("POST", FILES + r"\.git/info/lfs/objects/verify", writes=True)
 def lfs_verify(hub, request, repo):
     wanted = json.loads(request.body)
     if len(hub.objects.get(wanted["oid"], b"")) != wanted["size"]:
@@ -194,7 +199,7 @@ def lfs_verify(hub, request, repo):
     return {}
 
 
-@route("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/(?P<revision>[^/]+)", writes=True)
+@route("POST", API + r"/commit/(?P<revision>[^/]+)", writes=True)
 def commit(hub, request, repo, revision):
     files = dict(hub.commits[hub.commit_of(repo, revision)])
     for line in request.body.splitlines():
@@ -223,7 +228,7 @@ def commit(hub, request, repo, revision):
     }
 
 
-@route("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/branch/(?P<branch>[^/]+)", writes=True)
+@route("POST", API + r"/branch/(?P<branch>[^/]+)", writes=True)
 def create_branch(hub, request, repo, branch):
     start = hub.commit_of(repo, json.loads(request.body or b"{}").get("startingPoint", "main"))
     if branch in hub.branches[repo]:
@@ -232,18 +237,19 @@ def create_branch(hub, request, repo, branch):
     return {}
 
 
-@route("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)(?:/revision/(?P<revision>[^/]+))?")
-def model_info(hub, request, repo, revision):
+@route("GET", API + r"(?:/revision/(?P<revision>[^/]+))?")
+def info(hub, request, repo, revision):
     oid = hub.commit_of(repo, revision or "main")
     files = hub.commits[oid]
     metadata = card_metadata(files["README.md"][0].decode()) if "README.md" in files else {}
-    info = {"_id": oid[:24], "id": repo, "modelId": repo, "author": repo.split("/")[0], "sha": oid, "private": False}
+    name = repo.removeprefix("datasets/")
+    info = {"_id": oid[:24], "id": name, "modelId": name, "author": name.split("/")[0], "sha": oid, "private": False}
     info |= {"gated": False, "disabled": False, "downloads": 0, "likes": 0, "cardData": metadata}
     info |= {"tags": metadata.get("tags", []), "siblings": [{"rfilename": path} for path in sorted(files)]}
     return info | {key: metadata[key] for key in ("pipeline_tag", "library_name") if key in metadata}
 
 
-@route("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
+@route("GET", API + r"/tree/(?P<revision>[^/]+)(?:/(?P<folder>.+))?")
 def tree(hub, request, repo, revision, folder):
     files = hub.commits[hub.commit_of(repo, revision)]
     prefix = f"{folder}/" if folder else ""
@@ -260,14 +266,14 @@ def tree(hub, request, repo, revision, folder):
     return entries
 
 
-@route("POST", r"/api/models/(?P<repo>[^/]+/[^/]+)/paths-info/(?P<revision>[^/]+)")
+@route("POST", API + r"/paths-info/(?P<revision>[^/]+)")
 def paths_info(hub, request, repo, revision):
     files = hub.commits[hub.commit_of(repo, revision)]
     wanted = parse_qs(request.body.decode()).get("paths", [])
     return [file_entry(path, *files[path]) for path in wanted if path in files]
 
 
-@route("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
+@route("GET", FILES + r"/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 def resolve(hub, request, repo, revision, path):
     oid = hub.commit_of(repo, revision)
     request.headers_out["X-Repo-Commit"] = oid
@@ -352,7 +358,10 @@ class _Handler(BaseHTTPRequestHandler):
             if wanted == method and match:
                 if writes and self.headers.get("Authorization") != f"Bearer {TOKEN}":
                     raise HubError(401, "Invalid credentials in Authorization header")
-                return function(hub, self, **{k: v and unquote(v) for k, v in match.groupdict().items()})
+                parts = {key: value and unquote(value) for key, value in match.groupdict().items()}
+                if "repo" in parts:
+                    parts["repo"] = parts["repo"].removeprefix("models/")
+                return function(hub, self, **parts)
         raise HubError(404, f"This hub has no {method} {path}")
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
