@@ -16,18 +16,22 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType, broadcast
+from safetensors.torch import load_file, save_file
 from transformers import EvalPrediction, TrainerCallback
 
 from ..loading import errors_named
 from ..training import RunArguments, RunTrainer
-from ..training.record import plain
+from ..training.record import missing_entries_named, plain, read_record
 from . import ArtifactDetectorImageProcessor
+from .averaging import moving_average
 from .collator import IMAGE, LABELS, MAP, PIXELS, SIZES, ArtifactDetectorCollator
 from .losses import LOSSES
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation, check_labels, squared_error
 from .sampling import DrawnRows, EpochSampler
 
 
+LIVE_WEIGHTS = "live_model.safetensors"  # of a checkpoint: those that are trained, where its own are their average
 # of a configuration: they differ with the library and the folder
 NOT_COMPARED = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"}
 
@@ -42,6 +46,9 @@ class ArtifactDetectorTrainingArguments(RunArguments):
         loss (`str`, *optional*, defaults to `"mse"`): `"mse"`, the paper's squared error of the confidence, or `"bce_dice"`,
             cross-entropy with Dice, which is ours: squared error has no gradient left where a network that starts from
             random weights has settled on "nothing anywhere". See `losses`.
+        ema_decay (`float`, *optional*): decay per update, in (0, 1), of an exponential moving average of the weights (update n
+            decays by no more than n / (9 + n), and the first one by 0). With it, evaluation uses the average, and the saved
+            weights are it; `trainer.model` keeps those that are trained.
         flip_probability (`float`, *optional*, defaults to 0): probability in [0, 1] that a training image is mirrored, its
             map with it.
         jpeg_probability (`float`, *optional*, defaults to 0): probability in [0, 1] that a training image goes through JPEG,
@@ -62,6 +69,10 @@ class ArtifactDetectorTrainingArguments(RunArguments):
             "help": "Loss: mse (squared error, paper) or bce_dice (cross-entropy with Dice, ours), for networks that start from "
             "random weights, whose squared error has no gradient left where they have settled on nothing anywhere."
         },
+    )
+    ema_decay: float | None = field(
+        default=None,
+        metadata={"help": "Decay of a moving average of the weights, used in evaluation and saved; none without it."},
     )
     flip_probability: float = field(
         default=0.0, metadata={"help": "Probability that a training image is mirrored, its map with it."}
@@ -93,6 +104,8 @@ class ArtifactDetectorTrainingArguments(RunArguments):
             )
         if self.loss not in LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, found {self.loss!r}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in (0, 1), or left out, found {self.ema_decay}.")
         for name in ("flip_probability", "jpeg_probability", "threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], found {getattr(self, name)}.")
@@ -171,6 +184,7 @@ class ArtifactDetectorTrainer(RunTrainer):
     """
 
     _tag_names = ["diffusers-diffdoctor", "artifact-detection"]
+    private = (LIVE_WEIGHTS,)
     loss_is_scaled_for_ga = True  # `compute_loss` divides by the images of the update
     outputs = ("model*.safetensors", "model.safetensors.index.json", "config.json", "preprocessor_config.json")
 
@@ -226,6 +240,23 @@ class ArtifactDetectorTrainer(RunTrainer):
         )
         self._epoch = _Epoch()
         self.add_callback(self._epoch)
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                f"`ArtifactDetectorTrainer` does not shard models ({self.accelerator.distributed_type}): launch with plain data "
+                "parallelism, see examples/accelerate/multi_gpu.yaml."
+            )
+        self._start_average()
+        self.add_callback(_MoveAverage(self))
+
+    def _start_average(self) -> None:
+        """Moving average with the weights as they are for its first value; None without `ema_decay`."""
+        model, decay = self.accelerator.unwrap_model(self.model), self.args.ema_decay
+        self.average = None if decay is None else moving_average(model, decay)
+
+    @property
+    def evaluated_model(self) -> ArtifactDetectorForSemanticSegmentation:
+        """What is evaluated and saved: the moving average of the weights, or the model itself without one."""
+        return self.accelerator.unwrap_model(self.model) if self.average is None else self.average.module
 
     def record(self) -> dict[str, Any]:
         """What is written beside the weights, and compared when a run resumes: the run, the architecture, the rows."""
@@ -234,6 +265,7 @@ class ArtifactDetectorTrainer(RunTrainer):
         return {
             "config": {key: config[key] for key in config if key not in NOT_COMPARED},
             "rows": rows,
+            "average_updates": None if self.average is None else int(self.average.n_averaged),
             **super().record(),
         }
 
@@ -310,13 +342,19 @@ class ArtifactDetectorTrainer(RunTrainer):
             )
         return norm
 
+    def evaluation_loop(self, *args, **kwargs):
+        """The parent's, on each process with the statistics of normalisation layers that are saved, those of the first one."""
+        for buffer in self.evaluated_model.buffers():
+            broadcast(buffer)
+        return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """(None, figures (B, 3), truth (B,)); see [`detector_metrics`].
 
         Each image is seen without the padding that its batch brought, and measured at the full size of its map: the figures
         are those of `confidence`, image by image, whatever the batch is.
         """
-        inputs = self._prepare_inputs(inputs)
+        inputs, model = self._prepare_inputs(inputs), model if self.average is None else self.average.module
         pixels, labels = inputs[PIXELS], inputs[LABELS]
         check_labels(pixels, labels)
         whole = torch.tensor([(*pixels.shape[-2:], *labels.shape[-2:])] * len(labels))
@@ -326,7 +364,7 @@ class ArtifactDetectorTrainer(RunTrainer):
         figures = labels.new_empty(len(labels), 3)
         for (h, w, height, width), rows in groups.items():
             truth = labels[rows, :, :height, :width]
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), self.accelerator.autocast():
                 logits = _upsample(model(pixel_values=pixels[rows, :, :h, :w]).logits, (height, width))
             confidence = logits.sigmoid()
             figures[rows, 0] = squared_error(confidence, truth)
@@ -334,18 +372,42 @@ class ArtifactDetectorTrainer(RunTrainer):
             figures[rows, 2] = LOSSES[self.args.loss](logits, truth)
         return None, figures, labels.flatten(1).amax(dim=1)
 
+    def _save_weights(self, folder: Path) -> None:
+        self.evaluated_model.save_pretrained(folder)
+        if self.processing_class is not None:
+            self.processing_class.save_pretrained(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and self.args.should_save:
+            state = self.accelerator.unwrap_model(self.model).state_dict()
+            save_file({name: value.contiguous() for name, value in state.items()}, Path(output_dir, LIVE_WEIGHTS))
+
     # The parent puts the tensors of a checkpoint's file into the model by their names there. Files keep the names that
     # SegFormer had before transformers 5, so it would find none and go on with random weights.
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self._load_weights(resume_from_checkpoint)
+        """The trained weights, and their average if the checkpoint has one; else the average starts from them."""
+        folder = Path(resume_from_checkpoint)
+        self._load_weights(folder)
+        if (folder / LIVE_WEIGHTS).is_file():
+            if self.average is not None:
+                record = folder / self.record_file
+                with missing_entries_named(record):
+                    self.average.n_averaged.fill_(read_record(record)["average_updates"])
+            with errors_named(folder, f"Checkpoint {str(folder)!r}"):
+                self.accelerator.unwrap_model(self.model).load_state_dict(load_file(folder / LIVE_WEIGHTS))
 
     def _load_best_model(self):
-        self._load_weights(self.state.best_model_checkpoint)
+        folder = Path(self.state.best_model_checkpoint)
+        self._load_weights(folder)
+        self._best_step = read_record(folder / self.record_file)["step"]
 
-    def _load_weights(self, folder: str) -> None:
+    def _load_weights(self, folder: Path) -> None:
+        """The weights of a folder, which are what a new average starts from."""
         model = self.accelerator.unwrap_model(self.model)
-        with errors_named(folder, f"Checkpoint {folder!r}"):
+        with errors_named(folder, f"Checkpoint {str(folder)!r}"):
             model.load_state_dict(type(model).from_pretrained(folder).state_dict())
+        self._start_average()
 
     def create_model_card(self, *args, **kwargs):
         """The detector's card says what it is and how to call it; one that is there is kept."""
@@ -360,6 +422,17 @@ class ArtifactDetectorTrainer(RunTrainer):
 
 def _upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
+class _MoveAverage(TrainerCallback):
+    """After each update."""
+
+    def __init__(self, trainer: ArtifactDetectorTrainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.average is not None:
+            self.trainer.average.update_parameters(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
 
 class _Epoch(TrainerCallback):
