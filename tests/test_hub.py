@@ -345,3 +345,45 @@ def test_the_documentation_runs(hub, api, tmp_path):
     assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= set(files)
     assert "# By hand" in files["README.md"].decode()
     assert {"README.md", "pytorch_lora_weights.safetensors"} <= set(hub.files("user/flux-treated"))
+
+
+# --- datasets ------------------------------------------------------------------------------------------------------------------
+
+MAKE_DATASET = """
+from fixtures.rows import photo_bytes, write_rows
+from diffusers_diffdoctor.data import Photos, find_shards, run_stage
+from pathlib import Path
+for part in range(2):
+    write_rows(Path(f"source/{part}.parquet"), [{"image": photo_bytes(10 * part + i), "prompt": str(i)} for i in range(10)])
+run_stage(Photos(), find_shards("source"), "photos", show_progress=False)
+"""
+
+PUSH_DATASET = """
+from diffdoctor import main
+assert main(["data", "photos", "source", "-o", "photos", "--push-to-hub", "diffdoctor/photos"]) == 0
+"""
+
+LOAD_DATASET = """
+from datasets import load_dataset
+from diffdoctor import main
+rows = load_dataset("diffdoctor/photos", split="train")
+assert len(rows) == 20 and rows[3]["prompt"] == "3" and rows[3]["source"] == "photo", rows
+assert rows[3]["image"].size == (48, 40) and rows[3]["artifact_map"].getextrema() == (0, 0)
+assert main(["data", "merge", "diffdoctor/photos", "-o", "merged"]) == 0
+assert main(["data", "merge", "diffdoctor/nothing", "-o", "other"]) == 1
+"""
+
+
+def test_a_dataset_goes_to_the_hub_and_back(hub):
+    hub.python(MAKE_DATASET)
+    address = hub.python(PUSH_DATASET).splitlines()[-1]
+    assert address == f"{hub.endpoint}/datasets/diffdoctor/photos"
+    files = hub.files("datasets/diffdoctor/photos")
+    parquet = [f"data/train-{i:05d}-of-00002.parquet" for i in range(2)]
+    assert sorted(files) == [".gitattributes", "README.md", *parquet] or sorted(files) == ["README.md", *parquet]
+    assert hub_server.card_metadata(files["README.md"].decode())["configs"][0]["data_files"][0]["split"] == "train"
+    out = hub.python(LOAD_DATASET, home="another machine")
+    assert "20 in = 20 out + 0 quarantined" in out
+    uploads = len([request for request in hub.requests if request.startswith("PUT")])
+    hub.python(PUSH_DATASET)  # nothing is sent twice
+    assert len([request for request in hub.requests if request.startswith("PUT")]) == uploads == 2
