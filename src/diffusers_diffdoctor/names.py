@@ -134,6 +134,14 @@ def file_name(text: str) -> str:
     return f"{clean[: LONGEST_NAME - _DIGEST_LENGTH - 1]}-{ending}"
 
 
+# --- text in a terminal ---------------------------------------------------------------------------------------------------------
+
+
+def printable(text: str) -> str:
+    """A text on one line, without what commands a terminal or cannot be encoded."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 # --- text on a page ------------------------------------------------------------------------------------------------------------
 
 # Words stay readable in the source: `-` and `_` between letters or digits are no markup, nor is `.` after a letter.

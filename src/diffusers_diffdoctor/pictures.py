@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Pictures for people: heatmaps over images, labelled grids, before/after grids, training curves."""
+"""Pictures for people: heatmaps over images, labelled grids, before/after grids, training curves, shares with intervals."""
 
 import math
 import os
@@ -229,8 +229,58 @@ def plot_curves(
     return Path(path)
 
 
+def forest_plot(
+    names: Sequence[str],
+    values: Sequence[float],
+    intervals: Sequence[tuple[float, float]],
+    tones: Sequence[str],
+    path: str | os.PathLike,
+    axis: str = "",
+) -> Path:
+    """Draw shares of groups with their intervals, a line for each, the highest first.
+
+    Args:
+        names: of the groups.
+        values: shares in [0, 1].
+        intervals: lower and upper end.
+        tones: "high" is drawn in red, "low" in blue, anything else in gray.
+        path: PNG file to write.
+        axis: what the shares are of.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: the user's backend stays as it is
+    from matplotlib.figure import Figure
+
+    if not names or not len(names) == len(values) == len(intervals) == len(tones):
+        raise ValueError(
+            "`names`, `values`, `intervals` and `tones` must be of one length and not empty, found lengths "
+            f"{len(names)}, {len(values)}, {len(intervals)} and {len(tones)}."
+        )
+    colors = {"high": "#c0392b", "low": "#3b6fb6"}
+    rows = sorted(zip(names, values, intervals, tones), key=lambda row: (row[1], row[0]))
+    figure = Figure(figsize=(8, 1.1 + 0.24 * len(rows)), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for height, (_, value, (low, high), tone) in enumerate(rows):
+        color = colors.get(tone, "#8a919c")
+        axes.plot([low, high], [height, height], color=color, linewidth=1.5)
+        axes.plot([value], [height], color=color, marker="o", markersize=5)
+    axes.set_yticks(range(len(rows)), [_title(name).replace("$", r"\$") for name, *_ in rows], fontsize=8)
+    for label, (*_, tone) in zip(axes.get_yticklabels(), rows):
+        label.set_color(colors.get(tone, "#1c2026"))
+    axes.set_xlim(0, 1)
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.set_xlabel(axis, fontsize=9)
+    axes.grid(axis="x", color="#e4e6ea", linewidth=0.7)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=8, left=False)
+    with written_atomically(path) as unfinished, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # of a name; a box stands for it
+        figure.savefig(unfinished, format="png")
+    return Path(path)
+
+
 def _title(name: str, longest: int = 40) -> str:
-    """A metric's name, which holds what the user called a set of prompts, on one line of a panel."""
+    """A name that people may have chosen, of a metric or a category, on one line of a panel."""
     name = " ".join(name.replace("_", " ").replace("\0", " ").split())
     return name if len(name) <= longest else f"{name[: longest // 2]}…{name[-longest // 2 :]}"
 

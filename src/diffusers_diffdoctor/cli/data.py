@@ -12,6 +12,7 @@ from typing import Any
 STAGES = {
     "photos": "real photographs, from a folder or a dataset, as rows without artifacts",
     "label": "a detector's own maps for images without a better label",
+    "balance": "categories and generators in which a detector sees more artifacts, or fewer, than elsewhere",
     "mine": "the hard cases of a dataset, which people should label, apart from the simple ones",
     "merge": "several datasets as one, in given proportions",
 }

@@ -5,6 +5,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..names import printable
 from .reach import check_reachable
 
 
@@ -206,11 +207,6 @@ def _print(result: dict) -> None:
         print("\nThe cleanest:\n" + COLUMNS.format("rank", "confidence", "area", "image"))
         for row in result["best"]:
             area = f"{100 * row['area_ratio']:.2f} %"
-            print(COLUMNS.format(row["rank"], f"{row['max_confidence']:.4f}", area, _printable(row["path"])))
+            print(COLUMNS.format(row["rank"], f"{row['max_confidence']:.4f}", area, printable(row["path"])))
         print()
     print(f"Report: {result['report']}")
-
-
-def _printable(name: str) -> str:
-    """A name on one line, without what commands a terminal or cannot be encoded."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)

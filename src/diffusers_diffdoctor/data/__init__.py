@@ -5,6 +5,7 @@ A stage reads Parquet shards, writes Parquet shards and keeps count: rows in = r
 what lies in the folder of a dataset.
 """
 
+from .balance import balance, stand_out
 from .card import push_dataset
 from .label import Label
 from .merge import Merge, common_columns, shares_of
@@ -23,6 +24,7 @@ __all__ = [
     "Photos",
     "Score",
     "Stage",
+    "balance",
     "common_columns",
     "find_shards",
     "group_files",
@@ -30,4 +32,5 @@ __all__ = [
     "push_dataset",
     "run_stage",
     "shares_of",
+    "stand_out",
 ]
