@@ -155,6 +155,15 @@ def test_labels_are_the_detectors_own_at_a_quarter_of_the_side(pool, detector, t
     assert len({row["artifact_map"]["bytes"] for row in after}) > 30
 
 
+def test_maps_of_full_size_are_those_of_confidence(pool, detector, tmp_path):
+    run_stage(Label.by(detector, full_size=True), find_shards(pool), tmp_path / "out", show_progress=False)
+    model = ArtifactDetectorForSemanticSegmentation.from_pretrained(detector).eval()
+    for row in rows_of(tmp_path / "out")[:6]:
+        image = torch.from_numpy(pixels(row["image"]).copy()).permute(2, 0, 1)[None].float() / 255
+        difference = pixels(row["artifact_map"]) / 255 - model.confidence(image)[0, 0].detach().numpy()
+        assert np.abs(difference).max() < 0.02
+
+
 def test_threads_and_ranks_change_no_byte(pool, detector, tmp_path):
     shards, made = find_shards(pool), {}
     for name, decoders, world in (("a", 1, 1), ("b", 5, 1), ("c", 2, 3)):

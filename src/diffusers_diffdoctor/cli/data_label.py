@@ -16,6 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--relabel", action="store_true", help="also replace labels of people, photographs, injection and rendering"
     )
+    parser.add_argument(
+        "--full-size", action="store_true", help="store maps at the size of images, not a quarter of the side"
+    )
     add_looking(parser)
     add_output(parser, workers=False)
 
@@ -24,5 +27,7 @@ def run(args: argparse.Namespace) -> int:
     from ..data import Label
 
     shards = shards_of(args.dataset)
-    stage = Label.by(*detectors_of(args), **looking(args), tile=args.tile, relabel=args.relabel)
+    stage = Label.by(
+        *detectors_of(args), **looking(args), tile=args.tile, relabel=args.relabel, full_size=args.full_size
+    )
     return run_stage_of(args, stage, shards, **place(args))

@@ -150,22 +150,26 @@ class DetectorStage(Stage):
         return np.concatenate([self._seen(models, images[:half]), self._seen(models, images[half:])])
 
 
-def confidence_maps(model: torch.nn.Module, images: torch.Tensor, image_size: int | None = None) -> torch.Tensor:
-    """Images (B, 3, H, W) in [0, 1] -> confidences (B, ceil(H/4), ceil(W/4)): the detector's logits, brought to that size.
+def confidence_maps(
+    model: torch.nn.Module, images: torch.Tensor, size: tuple[int, int] | None = None, image_size: int | None = None
+) -> torch.Tensor:
+    """Images (B, 3, H, W) in [0, 1] -> confidences (B, *size): the detector's logits, brought to that size.
 
     Args:
         model: the detector.
         images: on its device.
+        size: (height, width); a quarter of each side without it, see [`reduced_size`].
         image_size: short side in pixels at which it looks at them, a multiple of 32; the detector's own without it.
 
     Raises:
         ValueError: the detector gave what is no number.
     """
-    width, height = reduced_size((images.shape[-1], images.shape[-2]))
+    if size is None:
+        size = reduced_size((images.shape[-1], images.shape[-2]))[::-1]
     pixels = normalise_images(images, model.config, image_size)
     logits = model(pixels.to(next(model.parameters()).dtype)).logits.float()
-    if logits.shape[-2:] != (height, width):
-        logits = F.interpolate(logits, (height, width), mode="bilinear", antialias=True)
+    if logits.shape[-2:] != size:
+        logits = F.interpolate(logits, size, mode="bilinear", antialias=True)
     confidence = logits.sigmoid()[:, 0]
     if not confidence.isfinite().all():
         raise ValueError("the detector gave confidences that are not numbers")

@@ -1,7 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Pseudo-labels: a detector's own maps for images that nobody has labelled (DiffDoctor, section 3.2), a million and more.
 
-A map is stored at a quarter of its image's side, in 8 bits: what the detector can tell apart.
+A map is stored at a quarter of its image's side, in 8 bits: what SegFormer can tell apart.
 """
 
 from dataclasses import dataclass
@@ -25,10 +25,13 @@ class Label(DetectorStage):
     Args:
         tile: also look at large images piece by piece, see [`tiled_confidence`].
         relabel: also replace better labels.
+        full_size: store maps at the size of their images instead of a quarter of the side: for small images, and detectors that
+            tell apart more than SegFormer's logits do.
     """
 
     tile: bool = False
     relabel: bool = False
+    full_size: bool = False
 
     name: ClassVar[str] = "label"
 
@@ -37,12 +40,14 @@ class Label(DetectorStage):
 
     def look(self, models: list[torch.nn.Module], images: torch.Tensor) -> np.ndarray:
         (model,) = models
+        width, height = images.shape[-1], images.shape[-2]
+        if not self.full_size:
+            width, height = reduced_size((width, height))
         if self.tile:
-            width, height = reduced_size((images.shape[-1], images.shape[-2]))
             maps = tiled_confidence(model, images, model.config.image_size)
             maps = F.interpolate(maps, (height, width), mode="bilinear", antialias=True)[:, 0]
         else:
-            maps = confidence_maps(model, images)
+            maps = confidence_maps(model, images, (height, width))
         return (maps * 255).round().byte().cpu().numpy()
 
     def answer(self, row: Row, seen: np.ndarray, position: int) -> Result:

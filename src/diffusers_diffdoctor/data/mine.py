@@ -60,7 +60,7 @@ class Score(DetectorStage):
             views += [confidence_maps(model, images), confidence_maps(model, images.flip(-1)).flip(-1)]
             for scale in self.scales:
                 side = max(1, round(size * scale / SIZE_MULTIPLE)) * SIZE_MULTIPLE
-                views.append(confidence_maps(model, images, side))
+                views.append(confidence_maps(model, images, image_size=side))
         opinions = torch.stack(views).flatten(2)
         disagreement = 2 * opinions.std(dim=0, correction=0)
         uncertainty = 1 - (2 * opinions.mean(dim=0) - 1).abs()

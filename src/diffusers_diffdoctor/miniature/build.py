@@ -338,9 +338,8 @@ class _TensorScenes(torch.utils.data.Dataset):
         return {"pixel_values": (image - self.mean) / self.std, "labels": self.maps[i].float() / 255}
 
 
-def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 5000, scenes: int = 20_000) -> None:
-    """A SegFormer with logits of half the scene's size, trained by [`ArtifactDetectorTrainer`]."""
-    torch.manual_seed(SEEDS["detector"])
+def new_detector() -> ArtifactDetectorForSemanticSegmentation:
+    """A SegFormer for scenes, with logits of half their size and random weights."""
     config = ArtifactDetectorConfig(
         image_size=64,
         strides=[2, 2, 2, 2],  # logits at 32x32, half the size of the scene
@@ -356,6 +355,14 @@ def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 5000, scen
     model = ArtifactDetectorForSemanticSegmentation(config)
     # SegFormer's initialization is for widths of hundreds; at these, signals would die out in the convolutions.
     model.apply(lambda m: m.reset_parameters() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) else None)
+    return model
+
+
+def build_detector(vae: AutoencoderKL, output_dir: Path, steps: int = 5000, scenes: int = 20_000) -> None:
+    """[`new_detector`], trained by [`ArtifactDetectorTrainer`]."""
+    torch.manual_seed(SEEDS["detector"])
+    model = new_detector()
+    config = model.config
     images, maps, _ = labelled_scenes(scenes, SEEDS["detector"], vae, under_treatment=True)
     held = min(500, scenes // 4)
     args = ArtifactDetectorTrainingArguments(

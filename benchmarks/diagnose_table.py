@@ -1,0 +1,272 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""The paper's first table in miniature: how a detector stops crying wolf, rung by rung (DiffDoctor, table 1).
+
+The imbalance is rebuilt with the renderer. *Annotated*: images of poor generators, in which hands and faces are nearly always wrong.
+*Photographs*: another style, never wrong. *Pool*: images of a better generator, in all styles, nobody has labelled; people's masks of
+its hard cases are the renderer's truth. Generated images are seen as the miniature's VAE reproduces them, photographs are not.
+
+The data goes through the same stages that users run: `photos`, `mine`, `label`, `inject`. Rungs, each trained from the same random
+weights for as many steps:
+
+    annotated      the annotations alone: the naive detector
+    photos         + photographs
+    mined          + hard cases that `mine` chose with the detector of `photos`
+    random         + as many cases chosen by chance: the control that the paper omits
+    pseudo         mined + pseudo-labels of the rest of the pool, by the detector of `mined`
+    dynamic        the same with dynamic augmentation: the robust detector
+    injected       injection into photographs and the pool's sound images alone, no annotation at all
+
+Measured on fresh images of the better generator and on fresh photographs. A cell is a rung with a seed and its settings; one that
+exists is not run again.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import concatenate_datasets, load_dataset
+from diffusers import AutoencoderKL
+
+from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation
+from diffusers_diffdoctor.data import FEATURES, Label, Photos, Score, find_shards, mine, run_stage
+from diffusers_diffdoctor.data.schema import conform, encode_png
+from diffusers_diffdoctor.data.shards import PATTERN, write_shard
+from diffusers_diffdoctor.detector import ArtifactDetectorTrainer, ArtifactDetectorTrainingArguments
+from diffusers_diffdoctor.evaluation.detector_figures import DetectorFigures
+from diffusers_diffdoctor.files import digest, write_atomically
+from diffusers_diffdoctor.miniature import load
+from diffusers_diffdoctor.miniature.build import new_detector
+from diffusers_diffdoctor.miniature.check import reproduce
+from diffusers_diffdoctor.miniature.muon import Muon
+from diffusers_diffdoctor.miniature.renderer import CATEGORIES, PLAIN_CATEGORIES, render, sample_scene
+
+
+RUNGS = ("annotated", "photos", "mined", "random", "pseudo", "dynamic", "injected")
+# what a rung is trained on, and whose detector made it
+NEEDS = {"mined": ("photos",), "random": ("photos",), "pseudo": ("mined",), "dynamic": ("mined",)}
+SHARD_ROWS = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What a cell depends on, besides its rung and its seed."""
+
+    steps: int = 1000
+    batch_size: int = 24
+    learning_rate: float = 1e-3
+    annotated: int = 2000
+    photos: int = 2000
+    pool: int = 8000
+    hard: int = 400
+    tested: int = 1000  # images of the better generator, and as many photographs
+
+
+# --- the world ---------------------------------------------------------------------------------------------------------------------
+
+
+def scenes(kind: str, count: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray, dict[str, Any]]]:
+    """(image, map, columns) of one kind of source."""
+    rng = np.random.default_rng([seed, *kind.encode()])
+    for number in range(count):
+        category = CATEGORIES[number % len(CATEGORIES)]
+        if kind == "annotated":  # of two generators that can draw neither hands nor faces
+            share = 0.97 if category in ("hand", "face") else 0.6
+            scene = sample_scene(rng, share, category=category, style=("drawing", "render")[number // 6 % 2])
+            generator = f"poor-{number // 12 % 2}"
+        elif kind == "photos":
+            scene = sample_scene(rng, 0.0, category=category, style="photo")
+            generator = None
+        else:  # the better generator
+            scene = sample_scene(rng, 0.4, under_treatment=True, category=category)
+            generator = "better"
+        image, artifact_map = render(scene)
+        yield image, artifact_map, {"prompt": scene.caption, "category": [category], "generator": generator}
+
+
+def write_source(folder: Path, kind: str, count: int, seed: int, source: str | None) -> Path:
+    """A dataset of one kind, as if it came from outside; with its truth where `source` says who labelled it."""
+    if (folder / "done").exists():
+        return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    found = list(scenes(kind, count, seed))
+    images = torch.from_numpy(np.stack([image for image, _, _ in found])).permute(0, 3, 1, 2).contiguous()
+    if kind != "photos":
+        images = reproduce(vae(), images, noise=0.15)
+    shards = -(-count // SHARD_ROWS)
+    for number in range(shards):
+        rows = []
+        for index in range(number * SHARD_ROWS, min(count, (number + 1) * SHARD_ROWS)):
+            _, artifact_map, columns = found[index]
+            row = {"image": encode_png(images[index].permute(1, 2, 0).numpy(), f"{kind}-{index}"), **columns}
+            if source is not None:
+                row |= {"artifact_map": encode_png(artifact_map), "source": source}
+            rows.append(conform(row))
+        write_shard(folder / "data" / PATTERN.format(split="train", number=number, count=shards), rows, FEATURES)
+    (folder / "done").touch()
+    return folder
+
+
+@functools.cache
+def vae() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(load("pipeline") / "vae", torch_dtype=torch.float32).eval()
+
+
+class World:
+    """The datasets of one seed, each made when it is asked for first."""
+
+    def __init__(self, settings: Settings, seed: int, cache: Path, detector_of: Callable[[str], Path]):
+        self.settings, self.seed, self.cache, self.detector_of = settings, seed, cache, detector_of
+
+    def annotated(self) -> Path:
+        return write_source(self.cache / "annotated", "annotated", self.settings.annotated, self.seed, "human")
+
+    def photos(self) -> Path:
+        raw = write_source(self.cache / "photos-raw", "photos", self.settings.photos, self.seed, None)
+        run_stage(Photos(), find_shards(raw), self.cache / "photos", show_progress=False)
+        return self.cache / "photos"
+
+    def pool(self) -> Path:
+        return write_source(self.cache / "pool", "pool", self.settings.pool, self.seed, None)
+
+    def hard(self, at_random: bool) -> Path:
+        """The pool's hard cases with the truth as people's masks, and the rest, as splits "hard" and "simple"."""
+        name = "random" if at_random else "mined"
+        score = Score.by(str(self.detector_of("photos")), batch_size=100)
+        options = {"at_random": at_random, "seed": self.seed, "show_progress": False}
+        mine(score, find_shards(self.pool()), self.cache / name, self.settings.hard, **options)
+        painted = self.cache / f"{name}-painted"
+        truth = {f"pool-{i}": artifact_map for i, (_, artifact_map, _) in enumerate(self._pool_scenes())}
+        rows = [
+            row | {"artifact_map": encode_png(truth[row["image"]["path"]]), "source": "human"}
+            for shard in find_shards(self.cache / name, "hard")
+            for row in shard.read()
+        ]
+        (painted / "data").mkdir(parents=True, exist_ok=True)
+        write_shard(painted / "data" / PATTERN.format(split="train", number=0, count=1), rows, FEATURES)
+        return painted
+
+    def pseudo(self) -> Path:
+        self.hard(at_random=False)
+        stage = Label.by(str(self.detector_of("mined")), batch_size=100, full_size=True)
+        run_stage(stage, find_shards(self.cache / "mined", "simple"), self.cache / "pseudo", show_progress=False)
+        return self.cache / "pseudo"
+
+    def injected(self) -> Path:
+        from diffusers_diffdoctor.data import Inject
+
+        raw = self.photos()
+        run_stage(Inject(seed=self.seed), find_shards(raw), self.cache / "injected", show_progress=False)
+        return self.cache / "injected"
+
+    @functools.cache  # noqa: B019  one world lives as long as the benchmark
+    def _pool_scenes(self) -> list:
+        return list(scenes("pool", self.settings.pool, self.seed))
+
+    def datasets_of(self, rung: str) -> dict[str, Path]:
+        if rung == "injected":
+            return {"injected": self.injected()}
+        found = {"annotated": self.annotated()}
+        if rung != "annotated":
+            found["photos"] = self.photos()
+        if rung in ("mined", "random", "pseudo", "dynamic"):
+            found["hard"] = self.hard(at_random=rung == "random")
+        if rung in ("pseudo", "dynamic"):
+            found["pseudo"] = self.pseudo()
+        return found
+
+
+# --- a rung ------------------------------------------------------------------------------------------------------------------------
+
+
+def train(rung: str, datasets: dict[str, Path], settings: Settings, seed: int, output: Path) -> None:
+    torch.manual_seed(seed)
+    model = new_detector()
+    rows = [
+        load_dataset(str(path), split="train", cache_dir=str(output.parent / "arrow")) for path in datasets.values()
+    ]
+    rows = concatenate_datasets([one.select_columns(["image", "artifact_map"]) for one in rows])
+    args = ArtifactDetectorTrainingArguments(
+        output_dir=str(output / "run"),
+        overwrite_output_dir=True,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="warmup_stable_decay",
+        lr_scheduler_kwargs={"num_decay_steps": settings.steps // 3, "warmup_type": "linear", "decay_type": "linear"},
+        warmup_steps=min(100, settings.steps // 4),
+        loss="bce_dice",
+        logging_steps=100,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        use_cpu=True,
+        **({"dynamic_threshold": 0.5} if rung == "dynamic" else {}),
+    )
+    trainer = ArtifactDetectorTrainer(
+        model, args, train_dataset=rows, optimizers=(Muon(model, args.learning_rate), None)
+    )
+    trainer.train()
+    model.eval().save_pretrained(output / "detector")
+    shutil.rmtree(output / "run")
+
+
+@torch.inference_mode()
+def measure(detector: Path, settings: Settings, seed: int) -> dict[str, Any]:
+    """Figures on fresh images of the better generator (`generated`) and on fresh photographs (`photographs`)."""
+    model = ArtifactDetectorForSemanticSegmentation.from_pretrained(detector).eval()
+    result = {}
+    for name, kind in (("generated", "test"), ("photographs", "photos")):
+        figures = DetectorFigures()
+        found = list(scenes(kind, settings.tested, seed + 1_000_000))
+        images = torch.from_numpy(np.stack([image for image, _, _ in found])).permute(0, 3, 1, 2).contiguous()
+        truth = torch.from_numpy(np.stack([artifact_map for _, artifact_map, _ in found]))[:, None].float() / 255
+        if kind != "photos":
+            images = reproduce(vae(), images, noise=0.15)
+        for start in range(0, len(images), 100):
+            batch = slice(start, start + 100)
+            columns = [columns for _, _, columns in found[batch]]
+            figures.update(
+                model.confidence(images[batch].float() / 255),
+                truth[batch],
+                [one["category"] for one in columns],
+                [one["generator"] for one in columns],
+                ["photo" if kind == "photos" else "rendered"] * len(columns),
+            )
+        result[name] = figures.compute()
+    return result
+
+
+def cell(rung: str, seed: int, settings: Settings, results: Path, cache: Path) -> dict[str, Any]:
+    """The figures of a rung, from its file or from a training that then writes it."""
+    name = f"{rung}-seed{seed}-{digest(json.dumps(dataclasses.asdict(settings)))[:10]}"
+    path = results / f"{name}.json"
+    if path.exists():
+        return json.loads(path.read_text(encoding="utf-8"))
+    detector = detector_of(rung, seed, settings, cache)
+    figures = measure(detector, settings, seed)
+    found = {"rung": rung, "seed": seed, "settings": dataclasses.asdict(settings), "figures": figures}
+    results.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def detector_of(rung: str, seed: int, settings: Settings, cache: Path) -> Path:
+    """The detector of a rung, trained if it is not there, and so those that it needs."""
+    folder = cache / f"{digest(json.dumps(dataclasses.asdict(settings)))[:10]}-seed{seed}"
+    output = folder / "rungs" / rung
+    if not (output / "detector/config.json").exists():
+        world = World(settings, seed, folder, lambda other: detector_of(other, seed, settings, cache))
+        train(rung, world.datasets_of(rung), settings, seed, output)
+    return output / "detector"
+
+
+def plain_share() -> float:
+    """Of the images in which nothing can be wrong."""
+    return len(PLAIN_CATEGORIES) / len(CATEGORIES)
