@@ -4,6 +4,7 @@
 Left out on purpose: the data loop of the paper. It makes datasets, and this trains on one.
 """
 
+import json
 import math
 import os
 import warnings
@@ -18,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import DistributedType, broadcast
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 from transformers import EvalPrediction, TrainerCallback
+from transformers.utils import logging
 
+from ..images import read_artifact_map
 from ..loading import errors_named
 from ..training import RunArguments, RunTrainer
 from ..training.record import missing_entries_named, plain, read_record
@@ -28,10 +32,12 @@ from .averaging import moving_average
 from .collator import IMAGE, LABELS, MAP, PIXELS, SIZES, ArtifactDetectorCollator
 from .losses import LOSSES
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation, check_labels, squared_error
-from .sampling import DrawnRows, EpochSampler
+from .sampling import DrawnRows, EpochSampler, GroupSampler, groups_of
 
 
 LIVE_WEIGHTS = "live_model.safetensors"  # of a checkpoint: those that are trained, where its own are their average
+logger = logging.get_logger(__name__)
+
 # of a configuration: they differ with the library and the folder
 NOT_COMPARED = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"}
 
@@ -46,6 +52,13 @@ class ArtifactDetectorTrainingArguments(RunArguments):
         loss (`str`, *optional*, defaults to `"mse"`): `"mse"`, the paper's squared error of the confidence, or `"bce_dice"`,
             cross-entropy with Dice, which is ours: squared error has no gradient left where a network that starts from
             random weights has settled on "nothing anywhere". See `losses`.
+        source_weights (`dict[str, float]` or `str`, *optional*): for each source of training data a number of at least 0, in
+            whose proportions images are drawn, or JSON of that: `{"human": 2, "photo": 1}`. Sources are the names of a dictionary
+            of datasets, or the values of the column `source`. An epoch has as many draws as there are rows; those of a source are
+            drawn in turn, see `sampling`. Without it every row is drawn once an epoch.
+        balance (`str`, *optional*): `"category"` or `"artifacts"`: draw the categories (column `category`, texts or lists of them),
+            or images with and without artifacts (whose map reaches `threshold`; every map is read before training), equally
+            often, within each source if there are `source_weights`.
         ema_decay (`float`, *optional*): decay per update, in (0, 1), of an exponential moving average of the weights (update n
             decays by no more than n / (9 + n), and the first one by 0). With it, evaluation uses the average, and the saved
             weights are it; `trainer.model` keeps those that are trained.
@@ -68,6 +81,19 @@ class ArtifactDetectorTrainingArguments(RunArguments):
         metadata={
             "help": "Loss: mse (squared error, paper) or bce_dice (cross-entropy with Dice, ours), for networks that start from "
             "random weights, whose squared error has no gradient left where they have settled on nothing anywhere."
+        },
+    )
+    source_weights: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Proportions in which images of the sources are drawn, as JSON: \'{"human": 2, "photo": 1}\'; without it every '
+            "row once an epoch."
+        },
+    )
+    balance: str | None = field(
+        default=None,
+        metadata={
+            "help": "Draw equally often: category (the categories of the column `category`) or artifacts (images with and without)."
         },
     )
     ema_decay: float | None = field(
@@ -102,6 +128,13 @@ class ArtifactDetectorTrainingArguments(RunArguments):
                 f"`train_sampling_strategy` must be 'random' or 'sequential', found {self.train_sampling_strategy!r}: images "
                 "have no length to group them by."
             )
+        self.source_weights = _read_weights(self.source_weights)
+        if self.balance not in (None, "category", "artifacts"):
+            raise ValueError(f"`balance` must be category or artifacts, or left out, found {self.balance!r}.")
+        if self.train_sampling_strategy == "sequential" and not (self.source_weights is self.balance is None):
+            raise ValueError(
+                "`source_weights` and `balance` draw at random: `train_sampling_strategy` must be 'random'."
+            )
         if self.loss not in LOSSES:
             raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, found {self.loss!r}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -118,6 +151,26 @@ class ArtifactDetectorTrainingArguments(RunArguments):
             raise ValueError(f"`map_maximum` must be 255, 1 or None, found {self.map_maximum}.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be false: the collator reads the columns of the dataset.")
+
+
+def _read_weights(given: dict[str, float] | str | None) -> dict[str, float] | None:
+    """`source_weights` as a dictionary."""
+    weights = given
+    if isinstance(given, str):
+        try:
+            weights = json.loads(given)
+        except ValueError:
+            weights = given
+    if weights is None:
+        return None
+    numbers = list(weights.values()) if isinstance(weights, dict) else [None]
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) and number >= 0 for number in numbers):
+        raise ValueError(
+            f'`source_weights` must give each source a number of at least 0, such as {{"human": 2, "photo": 1}}, found {given!r}.'
+        )
+    if not sum(numbers) > 0:
+        raise ValueError(f"`source_weights` must have a weight above 0, found {given!r}.")
+    return weights
 
 
 def detector_metrics(prediction: EvalPrediction, threshold: float = 0.5) -> dict[str, float]:
@@ -168,8 +221,9 @@ class ArtifactDetectorTrainer(RunTrainer):
     Args:
         model: a detector, or the id or folder of one.
         args: [`ArtifactDetectorTrainingArguments`].
-        train_dataset, eval_dataset: a `datasets.Dataset`, or a torch dataset of dictionaries, with the columns that
-            [`ArtifactDetectorCollator`] reads. `eval_dataset` may be a dictionary of them.
+        train_dataset: a `datasets.Dataset`, or a torch dataset of dictionaries, with the columns that
+            [`ArtifactDetectorCollator`] reads; or a dictionary of them, whose names are the sources of `source_weights`.
+        eval_dataset: likewise; the sets of a dictionary are evaluated apart.
         data_collator: instead of the [`ArtifactDetectorCollator`]; then augmentation is its own business.
         compute_metrics: instead of [`detector_metrics`], with the same input: figures per image, not maps, which would not
             fit in memory.
@@ -206,9 +260,20 @@ class ArtifactDetectorTrainer(RunTrainer):
                 model = ArtifactDetectorForSemanticSegmentation.from_pretrained(model, dtype=torch.float32)
         if not isinstance(model, ArtifactDetectorForSemanticSegmentation):
             raise TypeError(f"`model` must be an artifact detector, or the id or folder of one, found {model!r:.100}.")
-        _check_dataset("train_dataset", train_dataset)
-        for name, dataset in eval_dataset.items() if isinstance(eval_dataset, dict) else [("", eval_dataset)]:
-            _check_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
+        for argument, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
+                _check_dataset(f"{argument}[{name!r}]" if name else argument, dataset)
+        self._row_sources = self._row_classes = None
+        if args.source_weights is not None:
+            self._row_sources = _sources_of_rows(train_dataset)
+            groups_of(self._row_sources, None, args.source_weights)  # what fits no source is refused now
+        if args.balance == "category":
+            listed = _column("category", train_dataset, "balance")
+            self._row_classes = [[names] if isinstance(names, str) else names or [] for names in listed]
+        if isinstance(train_dataset, dict):
+            for dataset in train_dataset.values():
+                _rows(dataset, "A dictionary of sources")
+            train_dataset = torch.utils.data.ConcatDataset(train_dataset.values())
         self.eval_collator = data_collator
         if data_collator is None:
             self.eval_collator = ArtifactDetectorCollator(
@@ -238,15 +303,14 @@ class ArtifactDetectorTrainer(RunTrainer):
             },
             **kwargs,
         )
-        self._epoch = _Epoch()
-        self.add_callback(self._epoch)
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise ValueError(
                 f"`ArtifactDetectorTrainer` does not shard models ({self.accelerator.distributed_type}): launch with plain data "
                 "parallelism, see examples/accelerate/multi_gpu.yaml."
             )
         self._start_average()
-        self.add_callback(_MoveAverage(self))
+        self.sampler = None
+        self.add_callback(_AtEpochsAndUpdates(self))
 
     def _start_average(self) -> None:
         """Moving average with the weights as they are for its first value; None without `ema_decay`."""
@@ -280,8 +344,8 @@ class ArtifactDetectorTrainer(RunTrainer):
 
     def get_train_dataloader(self):
         whole = self.train_dataset
-        if hasattr(whole, "__getitem__") and isinstance(self.data_collator, ArtifactDetectorCollator):
-            self.train_dataset = DrawnRows(whole)
+        if hasattr(whole, "__len__"):
+            self.train_dataset = DrawnRows(whole, tell=isinstance(self.data_collator, ArtifactDetectorCollator))
         try:
             return super().get_train_dataloader()
         finally:
@@ -298,9 +362,29 @@ class ArtifactDetectorTrainer(RunTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if not isinstance(dataset, DrawnRows):
             return super()._get_train_sampler(train_dataset)
-        shuffle = self.args.train_sampling_strategy != "sequential"
-        self._epoch.sampler = EpochSampler(len(dataset), self.args.data_seed, shuffle)
-        return self._epoch.sampler
+        args = self.args
+        if args.source_weights is None and args.balance is None:
+            shuffle = args.train_sampling_strategy != "sequential"
+            self.sampler = EpochSampler(len(dataset), args.data_seed, shuffle)
+        else:
+            classes = self._with_and_without_artifacts() if args.balance == "artifacts" else self._row_classes
+            groups = groups_of(self._row_sources, classes, args.source_weights)
+            self.sampler = GroupSampler(groups, len(dataset), args.data_seed)
+            logger.info(self.sampler.plan())
+        return self.sampler
+
+    def _with_and_without_artifacts(self) -> list[list[str]]:
+        """The class of each row by its map; each process reads its part of them."""
+        rows, rank, world = self.train_dataset.rows, self.accelerator.process_index, self.accelerator.num_processes
+        mine = range(rank, len(rows), world)
+        maps = torch.utils.data.DataLoader(
+            _HighestOfMap(rows, self.args.map_maximum), 64, sampler=mine, num_workers=self.args.dataloader_num_workers
+        )
+        shown = tqdm(maps, desc="Reading maps", disable=rank > 0 or self.args.disable_tqdm)
+        highest = torch.zeros(len(rows))
+        highest[list(mine)] = torch.cat([batch.float() for batch in shown])
+        highest = self.accelerator.reduce(highest.to(self.args.device)).tolist()
+        return [["artifacts" if value >= self.args.threshold else "no artifacts"] for value in highest]
 
     def get_eval_dataloader(self, *args, **kwargs):
         return self._without_augmentation(super().get_eval_dataloader, *args, **kwargs)
@@ -424,25 +508,70 @@ def _upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
 
 
-class _MoveAverage(TrainerCallback):
-    """After each update."""
+class _AtEpochsAndUpdates(TrainerCallback):
+    """Tells the sampler the epoch, whose draws carry it into the workers, and moves the average on after each update."""
 
     def __init__(self, trainer: ArtifactDetectorTrainer):
         self.trainer = trainer
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.epoch = int(state.epoch or 0)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.average is not None:
             self.trainer.average.update_parameters(self.trainer.accelerator.unwrap_model(self.trainer.model))
 
 
-class _Epoch(TrainerCallback):
-    """Tells the sampler, whose rows carry it into the workers, so that every pass over the data is another."""
+class _HighestOfMap(torch.utils.data.Dataset):
+    """Of each row the highest value of its map, in [0, 1]."""
 
-    sampler: EpochSampler | None = None
+    def __init__(self, rows: Any, maximum: int | None):
+        self.rows, self.maximum = rows, maximum
 
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        if self.sampler is not None:
-            self.sampler.epoch = int(state.epoch or 0)
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, number: int) -> float:
+        row = self.rows[number]
+        if LABELS in row:
+            return float(row[LABELS].max())
+        return read_artifact_map(row[MAP], self.maximum).getextrema()[1] / 255
+
+
+def _sources_of_rows(dataset: Any) -> list[str | None]:
+    """By the names of a dictionary of datasets, or the column of one."""
+    if not isinstance(dataset, dict):
+        return _column("source", dataset, "source_weights")
+    return [name for name, its_rows in dataset.items() for _ in range(_rows(its_rows, "`source_weights`"))]
+
+
+def _column(name: str, dataset: Any, argument: str) -> list[Any]:
+    """The column that an argument needs, of a dictionary of datasets one after the other."""
+    if isinstance(dataset, dict):
+        return [value for one in dataset.values() for value in _column(name, one, argument)]
+    count = _rows(dataset, f"`{argument}`")
+    columns = _columns(dataset)
+    if name not in columns:
+        raise ValueError(f"`{argument}` needs a column `{name}` in `train_dataset`, which has {sorted(columns)}.")
+    return list(dataset[name]) if hasattr(dataset, "column_names") else [dataset[i][name] for i in range(count)]
+
+
+def _rows(dataset: Any, argument: str) -> int:
+    if not hasattr(dataset, "__len__"):
+        raise ValueError(
+            f"{argument} needs a `train_dataset` whose rows can be asked for by their number, found {type(dataset).__name__}. "
+            "Load it without streaming, or mix it by yourself."
+        )
+    return len(dataset)
+
+
+def _columns(dataset: Any) -> set[str] | None:
+    """None for a stream that does not know them."""
+    columns = getattr(dataset, "column_names", None)  # of `datasets`
+    if columns is None and hasattr(dataset, "__len__"):
+        columns = dataset[0].keys() if isinstance(dataset[0], dict) else ()
+    return None if columns is None else set(columns)
 
 
 def _check_dataset(name: str, dataset: Any) -> None:
@@ -450,13 +579,11 @@ def _check_dataset(name: str, dataset: Any) -> None:
         return
     if hasattr(dataset, "__len__") and len(dataset) == 0:
         raise ValueError(f"`{name}` is empty.")
-    columns = getattr(dataset, "column_names", None)  # of `datasets`
-    if columns is None and hasattr(dataset, "__getitem__"):
-        columns = dataset[0].keys() if isinstance(dataset[0], dict) else ()
-    if columns is None:  # a stream that does not know its columns; the collator looks at its rows
+    columns = _columns(dataset)
+    if columns is None:  # the collator looks at its rows
         return
     for wanted in ((PIXELS, LABELS), (IMAGE, MAP)):
-        if set(wanted) <= set(columns):
+        if set(wanted) <= columns:
             return
     raise ValueError(
         f"`{name}` has the columns {sorted(columns)}; needed are `{IMAGE}` and `{MAP}`, or `{PIXELS}` and `{LABELS}`. "
