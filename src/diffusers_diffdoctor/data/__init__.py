@@ -7,18 +7,20 @@ what lies in the folder of a dataset.
 
 from .balance import balance, stand_out
 from .card import push_dataset
+from .evaluate import Compare, evaluate_detector
 from .label import Label
 from .merge import Merge, common_columns, shares_of
 from .mine import Score, mine
 from .photos import Photos
 from .schema import FEATURES, SOURCES
-from .shards import find_shards, group_files
+from .shards import find_or_load_shards, find_shards, group_files
 from .stage import Stage, run_stage
 
 
 __all__ = [
     "FEATURES",
     "SOURCES",
+    "Compare",
     "Label",
     "Merge",
     "Photos",
@@ -26,6 +28,8 @@ __all__ = [
     "Stage",
     "balance",
     "common_columns",
+    "evaluate_detector",
+    "find_or_load_shards",
     "find_shards",
     "group_files",
     "mine",

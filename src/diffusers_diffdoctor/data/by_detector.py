@@ -35,8 +35,8 @@ CHUNK_PIXELS = 64 * 2**20
 class DetectorStage(Stage):
     """A stage that needs the opinion of detectors. Make one with `by`, which notes the detectors' weights.
 
-    Subclasses say in `skips` which rows stay as they are, in `look` what is asked about a batch, and in `answer` what becomes of
-    a row.
+    Subclasses say in `skips` which rows are not looked at and in `skipped` what becomes of those, in `look` what is asked about a
+    batch, and in `answer` what becomes of a row.
 
     Args:
         detectors: their Hub ids or folders.
@@ -75,8 +75,12 @@ class DetectorStage(Stage):
         return cls(detectors, weights, precision, device=device, **options)
 
     def skips(self, row: Row) -> bool:
-        """Whether a row stays as it is, without being looked at."""
+        """Whether a row is not looked at."""
         return False
+
+    def skipped(self, row: Row) -> Result:
+        """What becomes of a row that is skipped."""
+        return row
 
     def look(self, models: list[torch.nn.Module], images: torch.Tensor) -> np.ndarray:
         """Images (B, 3, H, W) in [0, 1] -> an array (B, ...), one entry for each image."""
@@ -87,7 +91,7 @@ class DetectorStage(Stage):
         raise NotImplementedError
 
     def process(self, rows: Iterator[Row], shard: Shard) -> Iterator[Result]:
-        models = [self._model(*pair) for pair in zip(self.detectors, self.weights_sha256)]
+        models = self.models()
         with ThreadPoolExecutor(self.decoders) as pool, ThreadPoolExecutor(1) as reader:
             chunks = _chunks(enumerate(rows), self._decode, pool, ahead=2 * self.decoders)
             upcoming, results = reader.submit(next, chunks, None), []
@@ -96,6 +100,10 @@ class DetectorStage(Stage):
                 earlier, results = results, self._results(models, chunk, pool)
                 yield from _awaited(earlier)
             yield from _awaited(results)
+
+    def models(self) -> list[torch.nn.Module]:
+        """The detectors, on their device and in their precision; each is loaded once in a process."""
+        return [self._model(*pair) for pair in zip(self.detectors, self.weights_sha256)]
 
     def _model(self, detector: str, expected: str) -> torch.nn.Module:
         model, found = _loaded(detector, self.precision, self.device)
@@ -107,7 +115,7 @@ class DetectorStage(Stage):
         return model
 
     def _decode(self, numbered: tuple[int, Row]) -> np.ndarray | Quarantined | None:
-        """The image (H, W, 3) uint8; None for a row that stays as it is."""
+        """The image (H, W, 3) uint8; None for a row that is skipped."""
         _, row = numbered
         if self.skips(row):
             return None
@@ -118,7 +126,7 @@ class DetectorStage(Stage):
 
     def _results(self, models: list[torch.nn.Module], chunk: list, pool: ThreadPoolExecutor) -> list:
         """What becomes of each row of a chunk: a result, or a future of one."""
-        results: list = [row if decoded is None else decoded for (_, row), decoded in chunk]
+        results: list = [self.skipped(row) if decoded is None else decoded for (_, row), decoded in chunk]
         sizes: dict[tuple[int, int], list[int]] = {}
         for index, (_, decoded) in enumerate(chunk):
             if isinstance(decoded, np.ndarray):

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features
+from datasets import Features, Image, load_dataset
 
 from ..files import digest, read_regular_file, written_atomically
 from .schema import FEATURES, Row, conform
@@ -95,7 +95,47 @@ class FileShard:
                 yield Quarantined(name, getattr(error, "strerror", None) or str(error))
 
 
-Shard = ParquetShard | FileShard
+@dataclass(frozen=True)
+class LoadedShard:
+    """Rows of a dataset that the library `datasets` has read from a folder of images: in order, each image still in its file."""
+
+    rows_of: Any  # a `datasets.Dataset`
+    folder: Path  # outside of which no file is read
+    first: int = 0
+    dataset: int = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.rows_of)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.folder.name, "rows": self.rows, "bytes": 0, "fingerprint": self.rows_of._fingerprint}
+
+    @property
+    def features(self) -> Features:
+        own = self.rows_of.features
+        return Features(FEATURES | {name: feature for name, feature in own.items() if name not in FEATURES})
+
+    def read(self) -> Iterator[Row | Quarantined]:
+        for row in self.rows_of:
+            try:
+                yield conform(
+                    row | {name: self._file(row[name]) for name in ("image", "artifact_map") if row.get(name)}
+                )
+            except (OSError, ValueError) as error:
+                yield Quarantined(_path_of(row), getattr(error, "strerror", None) or str(error))
+
+    def _file(self, value: Any) -> Any:
+        if not isinstance(value, dict) or value.get("bytes") is not None or not value.get("path"):
+            return value
+        path = Path(value["path"]).resolve()
+        if not path.is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{value['path']!r} lies outside of the folder of the dataset.")
+        return {"bytes": read_regular_file(path), "path": str(path.relative_to(self.folder.resolve()))}
+
+
+Shard = ParquetShard | FileShard | LoadedShard
 
 
 def _path_of(row: Row) -> str | None:
@@ -143,6 +183,31 @@ def find_shards(dataset: str | os.PathLike, split: str = DEFAULT_SPLIT, number: 
     if not first:
         raise ValueError(f"{os.fspath(dataset)!r} has no rows.")
     return shards
+
+
+def find_or_load_shards(
+    dataset: str | os.PathLike, split: str = DEFAULT_SPLIT, number: int = 0
+) -> list[ParquetShard] | list[LoadedShard]:
+    """As [`find_shards`], and also a folder of images as `datasets` reads it: `metadata.jsonl` (or .csv) with `file_name`,
+    `artifact_map_file_name` and the other columns of the schema, in the folder or in one for each split."""
+    path = Path(dataset)
+    if not path.is_dir() or any(path.rglob("*.parquet")):
+        return find_shards(dataset, split, number)
+    if not any(path.rglob("metadata.jsonl")) and not any(path.rglob("metadata.csv")):
+        raise ValueError(
+            f"{str(path)!r} has neither Parquet files nor a metadata.jsonl that says which image has which map "
+            "(`file_name`, `artifact_map_file_name`)."
+        )
+    try:
+        rows = load_dataset("imagefolder", data_dir=str(path), split=split)
+    except Exception as error:  # of a library whose errors have many types
+        raise ValueError(
+            f"{str(path)!r} cannot be read as a folder of images: {' '.join(str(error).split())[:300]}"
+        ) from error
+    for name, feature in rows.features.items():
+        if isinstance(feature, Image):
+            rows = rows.cast_column(name, Image(decode=False))
+    return [LoadedShard(rows, path, 0, number)]
 
 
 def _refuse_unfinished(folder: Path) -> None:

@@ -10,6 +10,7 @@ between. The bins are ours; [`~metrics.average_precision_bounds`] and [`~metrics
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ COLUMNS = {
     "sound_images": BINS,
     "wrong_images": BINS,
 }
+START = dict(zip(COLUMNS, accumulate(COLUMNS.values(), initial=0)))  # number of each one's first column
 
 
 def bin_of(confidence: torch.Tensor) -> torch.Tensor:
@@ -160,12 +162,11 @@ class DetectorFigures:
                 )
         category, generator, source = (values or [None] * len(rows) for values in columns.values())
         rows = rows.detach().to("cpu", torch.float64)
-        start = dict(zip(COLUMNS, _starts()))
         members: dict[tuple[str, str], list[int]] = {}
         for number, (categories, made_by, origin) in enumerate(zip(category, generator, source)):
-            if not rows[number, start["images"]]:
+            if not rows[number, START["images"]]:
                 continue
-            groups = [("all", ""), ("with_artifacts" if rows[number, start["wrong"]] else "without_artifacts", "")]
+            groups = [("all", ""), ("with_artifacts" if rows[number, START["wrong"]] else "without_artifacts", "")]
             groups += [("photographs", "")] if origin == PHOTO else []
             names = [categories] if isinstance(categories, str) else categories or ()
             groups += [("categories", name) for name in dict.fromkeys(names)]
@@ -221,13 +222,6 @@ def headline(figures: dict[str, Any]) -> dict[str, float]:
     for kind in ("with_artifacts", "without_artifacts", "photographs"):
         flat |= {f"{kind}_{name}": value for name, value in figures[kind].items() if value == value}
     return flat
-
-
-def _starts() -> list[int]:
-    starts = [0]
-    for width in COLUMNS.values():
-        starts.append(starts[-1] + width)
-    return starts
 
 
 def _figures(sums: torch.Tensor) -> dict[str, float]:

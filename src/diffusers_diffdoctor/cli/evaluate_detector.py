@@ -1,0 +1,72 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""`diffdoctor evaluate-detector DATASET --detector NAME --output DIR`: figures of a detector, and pictures of its worst mistakes."""
+
+import argparse
+
+from ..names import printable
+from .data import add_dataset, add_looking, detectors_of, looking, place
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_dataset(parser, "dataset", help="labelled images, also a folder of images with a metadata.jsonl")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="folder for the report; run again to continue"
+    )
+    parser.add_argument(
+        "--threshold",
+        type=float,
+        default=0.5,
+        help="confidence, and truth, in (0, 1] from which a pixel is an artifact (default: %(default)s)",
+    )
+    parser.add_argument("--tile", action="store_true", help="also look at large images piece by piece")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        default=12,
+        metavar="N",
+        help="most false alarms, and most misses, to show (default: %(default)s)",
+    )
+    add_looking(parser)
+    parser.add_argument("--restart", action="store_true", help="replace what other settings left in DIR")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..data import Compare, evaluate_detector, find_or_load_shards
+    from ..data.evaluate import table_of
+    from ..data.shards import split_name
+    from ..files import FolderInUse, listed
+
+    shards = find_or_load_shards(*split_name(args.dataset))
+    stage = Compare.by(*detectors_of(args), **looking(args), tile=args.tile, threshold=args.threshold)
+    try:
+        result = evaluate_detector(
+            stage,
+            shards,
+            args.output,
+            detector_name=args.detector[0],
+            dataset_name=args.dataset,
+            pictures=args.pictures,
+            restart=args.restart,
+            **place(args),
+        )
+    except FolderInUse as error:
+        raise ValueError(f"`--output`: {error}") from error
+    if result is None:
+        print("This process is done. Others are not yet, or were stopped: run the command again to finish.")
+        return 0
+    _print(table_of(result["figures"]))
+    print(
+        f"{result['labelled']} labelled, {result['left_out']} left out, {sum(result['quarantined'].values())} quarantined"
+    )
+    if result["quarantined"]:
+        print(f"Quarantined: {printable(listed(result['quarantined']))}")
+    print(f"Report: {args.output}/report.html")
+    return 0
+
+
+def _print(table) -> None:
+    """A column is as wide as its longest entry; the first is cut at 40 letters."""
+    lines = [table.columns, *([printable(row[0])[:40], *row[1:]] for row in table.rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.columns))]
+    for first, *others in lines:
+        print("  ".join([first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:]))]))
