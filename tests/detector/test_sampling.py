@@ -56,8 +56,11 @@ def trained(folder, resume=False, **changes):
         output_dir=str(folder),
         overwrite_output_dir=True,
         per_device_train_batch_size=2,
-        flip_probability=0.5,
-        jpeg_probability=0.5,
+        augmentation="strong",
+        shrink_probability=0.5,
+        crop_probability=0.5,
+        image_size_min=32,
+        image_size_max=64,
         learning_rate=1e-3,
         max_steps=5,
         save_steps=3,
@@ -67,9 +70,13 @@ def trained(folder, resume=False, **changes):
         dataloader_pin_memory=False,
         **changes,
     )
-    trainer = ArtifactDetectorTrainer(tiny_detector(image_size=32, classifier_dropout_prob=0.3), args, squares(4))
+    trainer = ArtifactDetectorTrainer(
+        tiny_detector(image_size=32, classifier_dropout_prob=0.3), args, squares(4, side=48)
+    )
     torch.manual_seed(0)
     trainer.train(resume_from_checkpoint=resume)
+    # torch waits five seconds for each worker whose loader is collected as part of a cycle
+    trainer.callback_handler.train_dataloader.base_dataloader._iterator = None
     return trainer.model.state_dict()
 
 

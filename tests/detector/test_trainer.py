@@ -18,6 +18,7 @@ from diffusers_diffdoctor.detector import (
     ArtifactDetectorTrainer,
     ArtifactDetectorTrainingArguments,
 )
+from diffusers_diffdoctor.detector.augmentation import PRESETS, Augmentation
 from diffusers_diffdoctor.detector.losses import LOSSES
 from diffusers_diffdoctor.detector.modeling_artifact_detector import normalise_images, squared_error
 from diffusers_diffdoctor.detector.trainer import detector_metrics
@@ -67,7 +68,7 @@ def as_dataset(rows):
 def test_training_finds_the_artifact(model, tmp_path):
     trainer = ArtifactDetectorTrainer(
         model=model,
-        args=arguments(tmp_path, max_steps=120, learning_rate=5e-3, logging_steps=120, jpeg_probability=0.5),
+        args=arguments(tmp_path, max_steps=120, learning_rate=5e-3, logging_steps=120, augmentation="light"),
         train_dataset=as_dataset(red_squares(32)),
         eval_dataset=as_dataset(red_squares(16, seed=1)),
     )
@@ -89,10 +90,12 @@ def new_model():
     return ArtifactDetectorForSemanticSegmentation(ArtifactDetectorConfig(**CONFIG))
 
 
-@pytest.mark.parametrize(("step", "flip"), [(3, 0.0), (4, 0.5)], ids=["in-an-epoch", "at-its-end-with-flips"])
-def test_a_resumed_training_equals_one_that_was_never_stopped(tmp_path, step, flip):
+@pytest.mark.parametrize(
+    ("step", "augmentation"), [(3, "none"), (4, "strong")], ids=["in-an-epoch", "at-its-end-augmented"]
+)
+def test_a_resumed_training_equals_one_that_was_never_stopped(tmp_path, step, augmentation):
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": step, "learning_rate": 1e-3}
-    settings["flip_probability"] = flip
+    settings["augmentation"] = augmentation
     whole, resumed = (
         ArtifactDetectorTrainer(
             new_model(), arguments(tmp_path / "run", **settings), train_dataset=as_dataset(red_squares(16))
@@ -174,7 +177,7 @@ class Tensors(torch.utils.data.Dataset):
 
 def test_tensors_pass_unchanged_and_train(model, tmp_path):
     data = Tensors(4)
-    batch = ArtifactDetectorCollator(model.config, flip_probability=1.0, jpeg_probability=1.0)([data[0], data[1]])
+    batch = ArtifactDetectorCollator(model.config, PRESETS["strong"], image_sizes=(32, 96))([data[0], data[1]])
     assert torch.equal(batch["pixel_values"], data.pixels[:2]) and torch.equal(batch["labels"], data.labels[:2])
     trainer = ArtifactDetectorTrainer(model=model, args=arguments(tmp_path, max_steps=1), train_dataset=data)
     assert np.isfinite(trainer.train().training_loss)
@@ -262,11 +265,13 @@ def test_collator_prepares_as_the_model_does(model):
 
 def test_augmentation_moves_the_map_with_the_image(model):
     row = next(red_squares(1))
-    plain, mirrored = (ArtifactDetectorCollator(model.config, flip_probability=p)([row]) for p in (0.0, 1.0))
+    plain, mirrored = (
+        ArtifactDetectorCollator(model.config, Augmentation(flip_probability=p))([row]) for p in (0.0, 1.0)
+    )
     for name in plain:
         assert torch.equal(plain[name].flip(-1), mirrored[name])
     assert not torch.equal(plain["labels"], mirrored["labels"])
-    jpeg = ArtifactDetectorCollator(model.config, jpeg_probability=1.0, jpeg_quality=(10, 10))([row])
+    jpeg = ArtifactDetectorCollator(model.config, Augmentation(jpeg_probability=1.0, quality=(10, 10)))([row])
     assert torch.equal(plain["labels"], jpeg["labels"]) and not torch.equal(
         plain["pixel_values"], jpeg["pixel_values"]
     )
@@ -276,7 +281,7 @@ def test_evaluation_is_not_augmented(model, tmp_path):
     data = as_dataset(red_squares(4))
     trainer = ArtifactDetectorTrainer(
         model=model,
-        args=arguments(tmp_path, flip_probability=1.0, per_device_eval_batch_size=4),
+        args=arguments(tmp_path, augmentation_kwargs={"flip_probability": 1.0}, per_device_eval_batch_size=4),
         train_dataset=data,
         eval_dataset=data,
     )
@@ -457,8 +462,6 @@ def test_bad_input_is_named(model, tmp_path):
         ArtifactDetectorTrainer(model=model, args=args, eval_dataset={"photos": Dataset.from_dict({"image": []})})
     with pytest.raises(TypeError, match="must be an artifact detector"):
         ArtifactDetectorTrainer(model=torch.nn.Linear(1, 1), args=args)
-    with pytest.raises(ValueError, match="jpeg_probability"):
-        arguments(tmp_path, jpeg_probability=2)
     collate = ArtifactDetectorCollator(model.config)
     image = Image.new("RGB", (64, 64))
     with pytest.raises(ValueError, match="64 x 64 pixels has a map of 32 x 64"):

@@ -237,12 +237,12 @@ def test_the_best_checkpoint_is_known_after_the_folder_moved(tmp_path, kind):
 
 def test_augmentation_goes_on_where_it_stopped(tmp_path):
     """In the middle of an epoch, whatever the loader has fetched ahead."""
-    settings = {"flip_probability": 0.5, "jpeg_probability": 0.5, "max_steps": 5, "save_steps": 3}
+    settings = {"augmentation": "strong", "max_steps": 5, "save_steps": 3}
     whole = TRAINERS["detector"](tmp_path / "run", **settings)
     whole.train()
     resumed = TRAINERS["detector"](tmp_path / "run", overwrite_output_dir=True, **settings)
     resumed.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert_same(state_of(whole), state_of(resumed))
-    plain = TRAINERS["detector"](tmp_path / "plain", **settings | {"flip_probability": 0.0, "jpeg_probability": 0.0})
+    plain = TRAINERS["detector"](tmp_path / "plain", **settings | {"augmentation": "none"})
     plain.train()
     assert any(not torch.equal(a, b) for a, b in zip(state_of(plain).values(), state_of(whole).values()))

@@ -27,6 +27,19 @@ KERNELS = (
     Image.Resampling.BICUBIC,
     Image.Resampling.LANCZOS,
 )
+# what fields may be, or their ranges may span; those that are not named, 0 to 1
+BOUNDS = {
+    "scale": (0.05, 20),
+    "rotation": (0, 180),
+    "shrink_below": (1e-6, 1),
+    "shrink": (0.05, 1),
+    "hue": (0, 0.5),
+    "blur": (0.01, 20),
+    "resample": (0.05, 1),
+    "quality": (1, 100),
+}
+
+__all__ = ["Augmentation"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +56,7 @@ class Augmentation:
     Args:
         flip_probability: that image and map are mirrored.
         move_probability: that they are scaled, turned and shifted.
-        scale: range of the factor, above 0, drawn evenly in its logarithm. Above 1 the image is a part of it, enlarged; below
+        scale: range of the factor, 0.05 to 20, drawn evenly in its logarithm. Above 1 the image is a part of it, enlarged; below
             1 it is smaller than its canvas. Where is drawn evenly.
         rotation: degrees, 0 to 180, by which an image is turned at most, in either direction.
         shrink_probability: of the paper's dynamic augmentation: that an image whose map stays below `shrink_below` is
@@ -51,14 +64,14 @@ class Augmentation:
         shrink_others_probability: the same for images with artifacts. The paper does not; 0 leaves it so. But where only sound
             images are ever reduced, a detector can learn that what is small, or beside padding, is sound.
         shrink_below: confidence in (0, 1]; the paper names none. 0.1 is the one above which its treatment punishes a pixel.
-        shrink: range of the factor, 0 to 1, in place of `scale`.
+        shrink: range of the factor, 0.05 to 1, in place of `scale`.
         color_probability: that all colours are changed.
         brightness, contrast, saturation: in [0, 1]: factors are drawn from 1 minus to 1 plus it.
         hue: in [0, 0.5]: part of the colour circle by which hues are turned at most, in either direction.
         blur_probability, blur: that an image is blurred, and the range of the Gaussian's standard deviation in pixels.
         noise_probability, noise: that white Gaussian noise is added, and the range of its standard deviation in [0, 1].
         resample_probability, resample: that an image is made smaller and as large as before, each time with the nearest pixel,
-            bilinear, bicubic or Lanczos; and the range of the smaller size, 0 to 1.
+            bilinear, bicubic or Lanczos; and the range of the factor, 0.05 to 1.
         jpeg_probability, webp_probability: that an image goes through JPEG, or through WebP; together at most 1. So that a
             detector cannot learn the compression of a source instead of its artifacts.
         quality: range of the quality of both, 1 to 100.
@@ -94,31 +107,12 @@ class Augmentation:
     quality: tuple[int, int] = (50, 95)
 
     def __post_init__(self):
-        for name in (field.name for field in fields(self)):
-            value = getattr(self, name)
+        for field in fields(self):
+            value, is_range = getattr(self, field.name), isinstance(field.default, tuple)
             if isinstance(value, list):  # as JSON has it
-                object.__setattr__(self, name, value := tuple(value))
-            if name.endswith("_probability"):
-                _check(name, value, 0, 1)
-        for name, low, high in (
-            ("rotation", 0, 180),
-            ("brightness", 0, 1),
-            ("contrast", 0, 1),
-            ("saturation", 0, 1),
-            ("hue", 0, 0.5),
-        ):
-            _check(name, getattr(self, name), low, high)
-        for name, low, high in (
-            ("scale", 0.05, 20),
-            ("shrink", 0.05, 1),
-            ("blur", 0.01, 20),
-            ("noise", 0, 1),
-            ("resample", 0.05, 1),
-            ("quality", 1, 100),
-        ):
-            _check_range(name, getattr(self, name), low, high)
-        _check("shrink_below", self.shrink_below, 1e-6, 1)
-        _check("jpeg_probability + webp_probability", self.jpeg_probability + self.webp_probability, 0, 1)
+                object.__setattr__(self, field.name, value := tuple(value))
+            _check(field.name, value, BOUNDS.get(field.name, (0, 1)), is_range)
+        _check("jpeg_probability + webp_probability", self.jpeg_probability + self.webp_probability, (0, 1))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "Augmentation":
@@ -282,14 +276,14 @@ def compressed(picture: Image.Image, format: str, quality: int) -> Image.Image:
 
 
 def to_picture(image: torch.Tensor) -> Image.Image:
+    """An image (3, H, W) in [0, 1], rounded to 8 bits."""
     return Image.fromarray(image.mul(255).round_().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
 
 
 def from_picture(picture: Image.Image) -> torch.Tensor:
-    return (
-        torch.from_numpy(np.array(picture)).permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
-        / 255
-    )
+    """A picture of mode RGB or L as float (3, H, W) or (1, H, W) in [0, 1]."""
+    levels = torch.from_numpy(np.array(picture)).view(picture.height, picture.width, -1).permute(2, 0, 1)
+    return levels.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
 def _between(bounds: tuple[float, float], number: float) -> float:
@@ -297,19 +291,17 @@ def _between(bounds: tuple[float, float], number: float) -> float:
     return bounds[0] + (bounds[1] - bounds[0]) * number
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
-    if not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ValueError(f"`{name}` must lie in [{low:g}, {high:g}], found {value!r}.")
-
-
-def _check_range(name: str, value: Any, low: float, high: float) -> None:
+def _check(name: str, value: Any, bounds: tuple[float, float], is_range: bool = False) -> None:
+    low, high = bounds
+    values = value if is_range else (value,)
     if not (
-        isinstance(value, tuple)
-        and len(value) == 2
-        and all(isinstance(one, (int, float)) for one in value)
-        and low <= value[0] <= value[1] <= high
+        isinstance(values, tuple)
+        and len(values) == (2 if is_range else 1)
+        and all(isinstance(one, (int, float)) for one in values)
+        and low <= values[0] <= values[-1] <= high
     ):
-        raise ValueError(f"`{name}` must be two numbers in order in [{low:g}, {high:g}], found {value!r}.")
+        what = "two numbers in order" if is_range else "a number"
+        raise ValueError(f"`{name}` must be {what} in [{low:g}, {high:g}], found {value!r}.")
 
 
 PRESETS = {

@@ -1,113 +1,137 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """What happens to a row between the dataset and the detector."""
 
-import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 
-from ..images import read_artifact_map, read_image, to_image_tensor
+from ..images import read_artifact_map, read_image
 from ..seeds import derive_seed
-from .configuration_artifact_detector import ArtifactDetectorConfig
-from .modeling_artifact_detector import normalise_images
-from .sampling import DRAW
+from .augmentation import NOT_COUNTED, Augmentation, from_picture
+from .configuration_artifact_detector import SIZE_MULTIPLE, ArtifactDetectorConfig
+from .modeling_artifact_detector import normalise_images, resize_images
+from .sampling import DRAW, Draw
 
 
 IMAGE, MAP = "image", "artifact_map"
 PIXELS, LABELS, SIZES = "pixel_values", "labels", "sizes"
-NOT_COUNTED = -1.0  # label of a pixel that no loss and no metric counts
+QUARTER = 4  # the detector's logits, and maps that it wrote, have a quarter of an image's side
 
 
 class ArtifactDetectorCollator:
     """Rows of a dataset to a batch for the detector.
 
-    A row has `image` and `artifact_map` of one size, read by [`read_image`] and [`read_artifact_map`]. The image is prepared
-    as the detector does it in `confidence`, so that training and inference see the same. The map is reduced to the size at
-    which the detector sees the image: a pixel takes the highest value of all that it covers, so that an artifact thinner
-    than it stays as certain as it was. What differs in shape is padded on the right and below, images with the mean colour,
+    A row has `image` and `artifact_map`, read by [`read_image`] and [`read_artifact_map`]. The map has the size of its image, or a
+    quarter of both sides, rounded up, and is then enlarged bilinearly as the detector does with its logits. The image is
+    brought to its size as the detector does it in `confidence`, so that training and inference see the same. The map is reduced to
+    that size: a pixel takes the highest value of all that it covers, so that an artifact thinner than it stays as certain as
+    it was. At that size both are augmented. What differs in shape is padded on the right and below, images with the mean colour,
     maps with -1, which no loss and no metric counts.
 
     Or a row has `pixel_values` (3, h, w) and `labels` (1, H, W), which are stacked as they are.
 
+    A row that carries a [`Draw`] is cropped and augmented by `seed` and that draw alone, and the size of its batch by that of the
+    batch's first row: a resumed run sees what one that was never stopped sees, in whatever process. Without a draw torch's
+    own generator decides.
+
     Args:
         config: configuration of the detector.
-        flip_probability, jpeg_probability, jpeg_quality, map_maximum: see [`ArtifactDetectorTrainingArguments`].
-            A row with a [`Draw`] is augmented by `seed` and that draw alone, so that a resumed run sees what one that was
-            never stopped sees, in whatever worker process; others draw from torch's generator.
-        seed: decides the augmentation of rows with a draw.
+        augmentation: what may happen to an image and its map; nothing without it.
+        crop_probability: in [0, 1]: that an image larger than the detector sees it is not made smaller, but cut to a square of
+            that side, somewhere in it, so that small artifacts are seen as large as they are.
+        image_sizes: range of the short side in pixels at which batches are seen, multiples of 32, each batch at one drawn from
+            it. Without it they are seen at `config.image_size`.
+        samples_at_once: samples that all processes take at one time; those see the same size.
+        map_maximum: see [`ArtifactDetectorTrainingArguments`].
         for_evaluation: leave maps at the size of their images, and say in `sizes` (B, 4) how high and wide the pixel values
             and the maps are without padding.
+        seed: decides about rows with a draw.
+
+    Raises:
+        ValueError, TypeError: a row without an image or a map, a map of another size, and what the readers refuse.
     """
 
     def __init__(
         self,
         config: ArtifactDetectorConfig,
-        flip_probability: float = 0.0,
-        jpeg_probability: float = 0.0,
-        jpeg_quality: tuple[int, int] = (50, 95),
+        augmentation: Augmentation | None = None,
+        crop_probability: float = 0.0,
+        image_sizes: tuple[int, int] | None = None,
+        samples_at_once: int = 1,
         map_maximum: int | None = None,
         for_evaluation: bool = False,
         seed: int = 0,
     ):
         self.config = config
-        self.seed = seed
-        self.flip_probability = flip_probability
-        self.jpeg_probability = jpeg_probability
-        self.jpeg_quality = jpeg_quality
+        self.augmentation = Augmentation() if augmentation is None else augmentation
+        self.crop_probability = crop_probability
+        self.image_sizes = image_sizes
+        self.samples_at_once = samples_at_once
         self.map_maximum = map_maximum
         self.for_evaluation = for_evaluation
+        self.seed = seed
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         if all(PIXELS in row for row in rows):
             return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in (PIXELS, LABELS)}
-        images, maps = zip(*(self._prepare(row) for row in rows))
+        size = self._image_size(rows[0].get(DRAW))
+        images, maps = zip(*(self._prepare(row, size) for row in rows))
         batch = {PIXELS: _padded(images, 0.0), LABELS: _padded(maps, NOT_COUNTED)}
         if self.for_evaluation:
             batch[SIZES] = torch.tensor([(*image.shape[-2:], *one.shape[-2:]) for image, one in zip(images, maps)])
         return batch
 
-    def _prepare(self, row: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _image_size(self, first: Draw | None) -> int:
+        if self.image_sizes is None:
+            return self.config.image_size
         generator = None
-        if DRAW in row:
-            draw = row[DRAW]
-            generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmentation", draw.epoch, draw.place))
-        image, artifact_map = self._augment(*_read(row, self.map_maximum), generator)
-        pixels = normalise_images(to_image_tensor(image)[None], self.config)
-        labels = torch.from_numpy(np.array(artifact_map))[None, None] / 255
-        return pixels[0], labels[0] if self.for_evaluation else F.adaptive_max_pool2d(labels, pixels.shape[-2:])[0]
+        if first is not None:
+            generator = self._generator("image_size", first.epoch, first.place // self.samples_at_once)
+        low, high = (side // SIZE_MULTIPLE for side in self.image_sizes)
+        return SIZE_MULTIPLE * int(torch.randint(low, high + 1, (), generator=generator))
 
-    def _augment(
-        self, image: Image.Image, artifact_map: Image.Image, generator: torch.Generator | None
-    ) -> tuple[Image.Image, Image.Image]:
-        if torch.rand((), generator=generator) < self.flip_probability:
-            image, artifact_map = ImageOps.mirror(image), ImageOps.mirror(artifact_map)
-        if torch.rand((), generator=generator) < self.jpeg_probability:
-            low, high = self.jpeg_quality
-            file = io.BytesIO()
-            image.save(file, "JPEG", quality=int(torch.randint(low, high + 1, (), generator=generator)))
-            image = Image.open(file).convert("RGB")
-        return image, artifact_map
+    def _prepare(self, row: dict[str, Any], size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, artifact_map = _read(row, self.map_maximum)
+        if self.for_evaluation:
+            return normalise_images(image[None], self.config, size)[0], artifact_map
+        draw = row.get(DRAW)
+        generator = None if draw is None else self._generator("augmentation", draw.epoch, draw.place)
+        crop, *place = torch.rand(3, generator=generator).tolist()
+        if crop < self.crop_probability and min(image.shape[-2:]) > size:
+            top, left = (int(number * (side - size + 1)) for number, side in zip(place, image.shape[-2:]))
+            image, artifact_map = (one[:, top : top + size, left : left + size] for one in (image, artifact_map))
+        image = resize_images(image[None], size)[0]
+        artifact_map = F.adaptive_max_pool2d(artifact_map, image.shape[-2:])
+        image, artifact_map = self.augmentation(image, artifact_map, generator)
+        return normalise_images(image[None], self.config, size)[0], artifact_map
+
+    def _generator(self, *what: str | int) -> torch.Generator:
+        return torch.Generator().manual_seed(derive_seed(self.seed, *what))
 
 
-def _read(row: dict[str, Any], map_maximum: int | None = None) -> tuple[Image.Image, Image.Image]:
-    """The image (RGB) and its map (L), of one size."""
+def _read(row: dict[str, Any], map_maximum: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """The image (3, H, W) and its map (1, H, W), both in [0, 1]."""
     for name in (IMAGE, MAP):
         if row.get(name) is None or isinstance(row[name], (str, dict)):
             raise TypeError(
                 f"The column `{name}` must hold images, found {type(row.get(name)).__name__}. With `datasets`, cast it: "
                 f'dataset.cast_column("{name}", datasets.Image()).'
             )
-    image, artifact_map = read_image(row[IMAGE]), read_artifact_map(row[MAP], map_maximum)
-    if image.size != artifact_map.size:
+    picture, artifact_map = read_image(row[IMAGE]), read_artifact_map(row[MAP], map_maximum)
+    (width, height), found = picture.size, artifact_map.size
+    quarter = (math.ceil(width / QUARTER), math.ceil(height / QUARTER))
+    if found not in (picture.size, quarter):
         raise ValueError(
-            f"An image of {image.size[0]} x {image.size[1]} pixels has a map of {artifact_map.size[0]} x "
-            f"{artifact_map.size[1]}; a map must have the size of its image, turned as the image is shown."
+            f"An image of {width} x {height} pixels has a map of {found[0]} x {found[1]}; a map must have the size of its "
+            f"image, or a quarter of its sides ({quarter[0]} x {quarter[1]}), turned as the image is shown."
         )
-    return image, artifact_map
+    values = from_picture(artifact_map)
+    if found != picture.size:
+        values = F.interpolate(values[None], size=(height, width), mode="bilinear", align_corners=False)[0]
+    return from_picture(picture), values
 
 
 def _padded(images: Sequence[torch.Tensor], value: float) -> torch.Tensor:

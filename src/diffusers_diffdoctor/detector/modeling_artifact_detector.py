@@ -60,17 +60,22 @@ inherit its licence, which allows non-commercial use only.
 """
 
 
+def resize_images(images: torch.Tensor, image_size: int) -> torch.Tensor:
+    """Bring images (B, 3, H, W) to [`detector_input_size`], by antialiased bilinear resizing. Differentiable."""
+    size = detector_input_size(*images.shape[-2:], image_size)
+    if size == tuple(images.shape[-2:]):
+        return images
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+
+
 def normalise_images(
     images: torch.Tensor, config: ArtifactDetectorConfig, image_size: int | None = None
 ) -> torch.Tensor:
     """Bring images (B, 3, H, W) in [0, 1] to the size and the statistics that the detector expects. Differentiable.
 
-    Antialiased bilinear resizing to [`detector_input_size`], by `image_size` instead of the configuration's where it is given;
-    then `(images - image_mean) / image_std`.
+    [`resize_images`], by `image_size` instead of the configuration's where it is given; then `(images - image_mean) / image_std`.
     """
-    size = detector_input_size(*images.shape[-2:], config.image_size if image_size is None else image_size)
-    if size != tuple(images.shape[-2:]):
-        images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+    images = resize_images(images, config.image_size if image_size is None else image_size)
     mean, std = (images.new_tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
     return (images - mean) / std
 

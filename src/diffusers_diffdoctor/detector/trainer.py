@@ -28,8 +28,10 @@ from ..loading import errors_named
 from ..training import RunArguments, RunTrainer
 from ..training.record import missing_entries_named, plain, read_record
 from . import ArtifactDetectorImageProcessor
+from .augmentation import PRESETS, Augmentation
 from .averaging import moving_average
 from .collator import IMAGE, LABELS, MAP, PIXELS, SIZES, ArtifactDetectorCollator
+from .configuration_artifact_detector import SIZE_MULTIPLE
 from .losses import LOSSES
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation, check_labels, squared_error
 from .sampling import DrawnRows, EpochSampler, GroupSampler, groups_of
@@ -62,16 +64,26 @@ class ArtifactDetectorTrainingArguments(RunArguments):
         ema_decay (`float`, *optional*): decay per update, in (0, 1), of an exponential moving average of the weights (update n
             decays by no more than n / (9 + n), and the first one by 0). With it, evaluation uses the average, and the saved
             weights are it; `trainer.model` keeps those that are trained.
-        flip_probability (`float`, *optional*, defaults to 0): probability in [0, 1] that a training image is mirrored, its
-            map with it.
-        jpeg_probability (`float`, *optional*, defaults to 0): probability in [0, 1] that a training image goes through JPEG,
-            so that the detector cannot learn the compression of a source instead of its artifacts.
-        jpeg_quality_min, jpeg_quality_max (`int`, *optional*, default to 50 and 95): range of the JPEG quality, 1 to 100.
+        augmentation (`str`, *optional*, defaults to `"none"`): a preset of [`~detector.augmentation.Augmentation`]: `"none"`,
+            `"light"` (mirrored, JPEG) or `"strong"` (scaled, turned, recoloured, blurred, noisy, resampled, JPEG and WebP too).
+        augmentation_kwargs (`dict` or `str`, *optional*): fields of the preset to change, as a dictionary or as JSON.
+        shrink_probability (`float`, *optional*, defaults to 0): probability in [0, 1] of the paper's dynamic augmentation: that
+            an image whose map stays below `shrink_below` is reduced and padded back to its size, so that small sound structures
+            appear in training.
+        shrink_below (`float`, *optional*, defaults to 0.1): confidence in (0, 1]. The paper names none; this is the one above
+            which its treatment punishes a pixel.
+        crop_probability (`float`, *optional*, defaults to 0): probability in [0, 1] that a training image larger than the
+            detector sees it is not made smaller, but cut to a square of that side, somewhere in it.
+        image_size_min, image_size_max (`int`, *optional*): range of the short side in pixels, multiples of 32, at which training
+            batches are seen, each at one drawn from it. Without them all are seen at the detector's `image_size`, as evaluation
+            always is.
         map_maximum (`int`, *optional*): the value of 8-bit artifact maps that stands for 1.0: 255 (confidences) or 1 (class
             indices). Without it 255, and a map whose highest value is 1 is refused, because it could be either.
         threshold (`float`, *optional*, defaults to 0.5): highest confidence from which an image counts as having artifacts,
             in the evaluation's rates.
     """
+
+    _VALID_DICT_FIELDS = [*RunArguments._VALID_DICT_FIELDS, "augmentation_kwargs"]
 
     learning_rate: float = field(default=6e-5, metadata={"help": "Initial learning rate; 6e-5 is SegFormer's own."})
     # The collator reads columns that the model's forward does not name.
@@ -100,14 +112,37 @@ class ArtifactDetectorTrainingArguments(RunArguments):
         default=None,
         metadata={"help": "Decay of a moving average of the weights, used in evaluation and saved; none without it."},
     )
-    flip_probability: float = field(
-        default=0.0, metadata={"help": "Probability that a training image is mirrored, its map with it."}
+    augmentation: str = field(
+        default="none",
+        metadata={"help": "Augmentation of training images: none, light or strong.", "choices": list(PRESETS)},
     )
-    jpeg_probability: float = field(
-        default=0.0, metadata={"help": "Probability that a training image goes through JPEG."}
+    augmentation_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Fields of the augmentation to change, as JSON, such as '{\"rotation\": 30}'."}
     )
-    jpeg_quality_min: int = field(default=50, metadata={"help": "Lowest JPEG quality, 1 to 100."})
-    jpeg_quality_max: int = field(default=95, metadata={"help": "Highest JPEG quality, 1 to 100."})
+    shrink_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that an image whose map stays below shrink_below is reduced and padded back to its size: the "
+            "paper's dynamic augmentation."
+        },
+    )
+    shrink_below: float = field(
+        default=0.1, metadata={"help": "Highest confidence below which an image may be reduced, above 0 (ours)."}
+    )
+    crop_probability: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability that a training image larger than the detector sees it is cut to that size, not made smaller."
+        },
+    )
+    image_size_min: int | None = field(
+        default=None,
+        metadata={"help": "Smallest short side in pixels at which training batches are seen, a multiple of 32."},
+    )
+    image_size_max: int | None = field(
+        default=None,
+        metadata={"help": "Largest short side in pixels at which training batches are seen, a multiple of 32."},
+    )
     map_maximum: int | None = field(
         default=None,
         metadata={
@@ -139,18 +174,43 @@ class ArtifactDetectorTrainingArguments(RunArguments):
             raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, found {self.loss!r}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in (0, 1), or left out, found {self.ema_decay}.")
-        for name in ("flip_probability", "jpeg_probability", "threshold"):
+        for name in ("crop_probability", "threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], found {getattr(self, name)}.")
-        if not 1 <= self.jpeg_quality_min <= self.jpeg_quality_max <= 100:
+        self.build_augmentation()  # a ValueError if it cannot
+        if self.image_sizes is not None and not (
+            None not in self.image_sizes
+            and SIZE_MULTIPLE <= self.image_size_min <= self.image_size_max
+            and all(side % SIZE_MULTIPLE == 0 for side in self.image_sizes)
+        ):
             raise ValueError(
-                "`jpeg_quality_min` and `jpeg_quality_max` must be in order and lie in [1, 100], found "
-                f"{self.jpeg_quality_min} and {self.jpeg_quality_max}."
+                f"`image_size_min` and `image_size_max` must be multiples of {SIZE_MULTIPLE} in order, or both be left out, found "
+                f"{self.image_size_min} and {self.image_size_max}."
             )
         if self.map_maximum not in (None, 1, 255):
             raise ValueError(f"`map_maximum` must be 255, 1 or None, found {self.map_maximum}.")
         if self.remove_unused_columns:
             raise ValueError("`remove_unused_columns` must be false: the collator reads the columns of the dataset.")
+
+    @property
+    def image_sizes(self) -> tuple[int, int] | None:
+        """Range of the short side at which training batches are seen, or None."""
+        sizes = (self.image_size_min, self.image_size_max)
+        return None if sizes == (None, None) else sizes
+
+    def build_augmentation(self) -> Augmentation:
+        """What the arguments say about it.
+
+        Raises:
+            ValueError: an unknown preset or field, or a value out of its range.
+        """
+        changes = {} if self.augmentation_kwargs is None else self.augmentation_kwargs
+        if not isinstance(changes, dict):
+            raise ValueError(
+                f"`augmentation_kwargs` must be a dictionary, or one as JSON in braces, found {changes!r:.100}."
+            )
+        shrink = {"shrink_probability": self.shrink_probability, "shrink_below": self.shrink_below}
+        return Augmentation.preset(self.augmentation, **shrink | changes)
 
 
 def _read_weights(given: dict[str, float] | str | None) -> dict[str, float] | None:
@@ -281,10 +341,11 @@ class ArtifactDetectorTrainer(RunTrainer):
             )
             data_collator = ArtifactDetectorCollator(
                 model.config,
-                args.flip_probability,
-                args.jpeg_probability,
-                (args.jpeg_quality_min, args.jpeg_quality_max),
-                args.map_maximum,
+                args.build_augmentation(),
+                args.crop_probability,
+                args.image_sizes,
+                samples_at_once=args.train_batch_size * args.world_size,
+                map_maximum=args.map_maximum,
                 seed=args.data_seed,
             )
             # saved with the weights
