@@ -8,7 +8,7 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from fixtures.segformer import tiny_detector
 from PIL import Image
-from transformers import EvalPrediction, pipeline
+from transformers import pipeline
 
 import diffusers_diffdoctor  # noqa: F401
 from diffusers_diffdoctor.detector import (
@@ -21,7 +21,6 @@ from diffusers_diffdoctor.detector import (
 from diffusers_diffdoctor.detector.augmentation import PRESETS, Augmentation
 from diffusers_diffdoctor.detector.losses import LOSSES
 from diffusers_diffdoctor.detector.modeling_artifact_detector import normalise_images, squared_error
-from diffusers_diffdoctor.detector.trainer import detector_metrics
 from diffusers_diffdoctor.images import to_image_tensor
 
 
@@ -77,8 +76,8 @@ def test_training_finds_the_artifact(model, tmp_path):
     after = trainer.evaluate()
     # An untrained detector says 0.5 everywhere, an error of 0.25; the best constant map has 0.109. Both must fail here.
     assert after["eval_mse"] < 0.3 * before["eval_mse"] < 0.109
-    assert after["eval_true_positive_rate"] > 0.9 and after["eval_false_positive_rate"] < 0.2
-    assert after["eval_mse_clean"] < 0.3 * before["eval_mse_clean"]
+    assert after["eval_misses"] < 0.1 and after["eval_false_alarms"] < 0.2
+    assert after["eval_without_artifacts_mse"] < 0.3 * before["eval_without_artifacts_mse"]
     trainer.save_model()
     found = pipeline("artifact-detection", model=str(tmp_path))(next(red_squares(1, seed=2))["image"])
     assert found["max_confidence"] > 0.5
@@ -157,9 +156,9 @@ def test_evaluation_figures_match_a_plain_loop(model, tmp_path):
         (hits if truth.max() >= 0.4 else alarms).append(float(found.max() >= 0.4))
     assert metrics["eval_mse"] == pytest.approx(np.mean(errors), rel=1e-4)
     assert metrics["eval_loss"] == pytest.approx(np.mean(errors), rel=1e-4)
-    assert metrics["eval_mse_clean"] == pytest.approx(np.mean(clean_errors), rel=1e-4)
-    assert metrics["eval_true_positive_rate"] == np.mean(hits)
-    assert metrics["eval_false_positive_rate"] == np.mean(alarms)
+    assert metrics["eval_without_artifacts_mse"] == pytest.approx(np.mean(clean_errors), rel=1e-4)
+    assert metrics["eval_misses"] == pytest.approx(1 - np.mean(hits))
+    assert metrics["eval_false_alarms"] == pytest.approx(np.mean(alarms))
 
 
 class Tensors(torch.utils.data.Dataset):
@@ -167,6 +166,7 @@ class Tensors(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(0)
         self.pixels = torch.randn(count, 3, 32, 48, generator=generator)
         self.labels = torch.rand(count, 1, 32, 48, generator=generator)
+        self.labels[-1] *= 0.4  # the image without artifacts
 
     def __len__(self):
         return len(self.pixels)
@@ -349,9 +349,9 @@ def test_evaluation_is_inference_image_by_image_whatever_the_batch(tmp_path, bat
     expected = {
         "eval_mse": np.mean(errors),
         "eval_loss": np.mean(errors),
-        "eval_mse_clean": np.mean(clean_errors),
-        "eval_true_positive_rate": np.mean([c >= threshold for c in highest[::2]]),
-        "eval_false_positive_rate": np.mean([c >= threshold for c in highest[1::2]]),
+        "eval_without_artifacts_mse": np.mean(clean_errors),
+        "eval_misses": np.mean([c < threshold for c in highest[::2]]),
+        "eval_false_alarms": np.mean([c >= threshold for c in highest[1::2]]),
     }
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, abs=1e-6)
     assert np.std(errors) > 0.01  # so that another weighting of the images would show
@@ -371,10 +371,10 @@ def test_a_thin_artifact_stays_certain(model, tmp_path, size, side):
     args = arguments(tmp_path, per_device_eval_batch_size=2)
     clean = {"image": image, "artifact_map": Image.new("L", image.size)}
     metrics = ArtifactDetectorTrainer(model, args, eval_dataset=as_dataset([row, clean])).evaluate()
-    assert metrics["eval_true_positive_rate"] in (0, 1)  # one image with an artifact, not none
+    assert metrics["eval_images_with_artifacts"] == 1  # not none
     with torch.no_grad():
         found = model.eval().confidence(torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255)
-    assert metrics["eval_mse_clean"] == pytest.approx(found.square().mean().item(), rel=1e-4)
+    assert metrics["eval_without_artifacts_mse"] == pytest.approx(found.square().mean().item(), rel=1e-4)
 
 
 def test_masks_of_zero_and_one_are_refused_until_they_are_explained(model, tmp_path):
@@ -393,21 +393,12 @@ def test_masks_of_zero_and_one_are_refused_until_they_are_explained(model, tmp_p
         arguments(tmp_path, map_maximum=2)
 
 
-def test_metrics_by_hand():
-    """A soft map is neither clean nor broken; the threshold itself is reached."""
-    figures = torch.tensor([[0.1, 0.9, 7], [0.2, 0.4, 7], [0.3, 0.6, 7], [0.4, 0.1, 7], [0.5, 0.6, 7]])
-    truth = torch.tensor([1.0, 0.6, 0.3, 0.0, 0.0])
-    metrics = detector_metrics(EvalPrediction(figures.numpy(), truth.numpy()), threshold=0.6)
-    expected = {"mse": 0.3, "mse_clean": 0.45, "true_positive_rate": 1 / 2, "false_positive_rate": 2 / 3}
-    assert metrics == pytest.approx(expected)
-
-
 def test_what_does_not_count_is_left_out_of_the_evaluation_of_tensors(tmp_path):
     model, data = tiny_detector(image_size=64), Tensors(3)
     data.labels[:, :, 10:, :] = -1
     metrics = ArtifactDetectorTrainer(
         model,
-        arguments(tmp_path, per_device_eval_batch_size=2, threshold=0.9),
+        arguments(tmp_path, per_device_eval_batch_size=2),
         eval_dataset=data,
         compute_metrics=last_figures,
     ).evaluate()
@@ -426,11 +417,11 @@ def last_figures(prediction):
 def test_a_metric_over_no_image_is_nan_and_said(model, tmp_path):
     broken = list(red_squares(4))[::2]
     trainer = ArtifactDetectorTrainer(model, arguments(tmp_path), eval_dataset=as_dataset(broken))
-    with pytest.warns(UserWarning, match="mse_clean and false_positive_rate: nan"):
+    with pytest.warns(UserWarning, match="no image without artifacts, so that false_alarms and image_auroc are nan"):
         metrics = trainer.evaluate()
-    assert np.isnan(metrics["eval_mse_clean"]) and np.isnan(metrics["eval_false_positive_rate"])
-    assert np.isfinite(metrics["eval_mse"]) and metrics["eval_true_positive_rate"] in (0, 1)
-    assert "eval_mse_clean" in trainer.state.log_history[-1]
+    assert np.isnan(metrics["eval_false_alarms"]) and np.isnan(metrics["eval_image_auroc"])
+    assert np.isfinite(metrics["eval_mse"]) and metrics["eval_misses"] in (0, 1)
+    assert "eval_false_alarms" in trainer.state.log_history[-1]
 
 
 def test_training_reads_images_as_everybody_does(model):

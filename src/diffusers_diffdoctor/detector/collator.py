@@ -19,6 +19,7 @@ from .sampling import DRAW, Draw
 IMAGE, MAP = "image", "artifact_map"
 PIXELS, LABELS, SIZES = "pixel_values", "labels", "sizes"
 QUARTER = 4  # the detector's logits, and maps that it wrote, have a quarter of an image's side
+GROUPS = ("category", "generator", "source")  # columns by which an evaluation groups its figures
 
 
 class ArtifactDetectorCollator:
@@ -47,7 +48,7 @@ class ArtifactDetectorCollator:
         samples_at_once: samples that all processes take at one time; those see the same size.
         map_maximum: see [`ArtifactDetectorTrainingArguments`].
         for_evaluation: leave maps at the size of their images, and say in `sizes` (B, 4) how high and wide the pixel values
-            and the maps are without padding.
+            and the maps are without padding; and pass on the columns `category`, `generator` and `source`.
         seed: decides about rows with a draw.
 
     Raises:
@@ -75,14 +76,16 @@ class ArtifactDetectorCollator:
         self.seed = seed
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        groups = {name: [row.get(name) for row in rows] for name in GROUPS} if self.for_evaluation else {}
         if all(PIXELS in row for row in rows):
-            return {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in (PIXELS, LABELS)}
+            batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in (PIXELS, LABELS)}
+            return batch | groups
         size = self._image_size(rows[0].get(DRAW))
         images, maps = zip(*(self._prepare(row, size) for row in rows))
         batch = {PIXELS: _padded(images, 0.0), LABELS: _padded(maps, NOT_COUNTED)}
         if self.for_evaluation:
             batch[SIZES] = torch.tensor([(*image.shape[-2:], *one.shape[-2:]) for image, one in zip(images, maps)])
-        return batch
+        return batch | groups
 
     def _image_size(self, first: Draw | None) -> int:
         if self.image_sizes is None:

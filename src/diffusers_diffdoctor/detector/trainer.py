@@ -10,31 +10,34 @@ import os
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, broadcast, gather_object
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import EvalPrediction, TrainerCallback
+from transformers import TrainerCallback
 from transformers.utils import logging
 
+from ..disk import disk_errors_tolerated
+from ..evaluation.detector_figures import DetectorFigures, count_images, headline
 from ..images import read_artifact_map
 from ..loading import errors_named
+from ..names import file_name
 from ..training import RunArguments, RunTrainer
 from ..training.record import missing_entries_named, plain, read_record
 from . import ArtifactDetectorImageProcessor
 from .augmentation import PRESETS, Augmentation
 from .averaging import moving_average
-from .collator import IMAGE, LABELS, MAP, PIXELS, SIZES, ArtifactDetectorCollator
+from .collator import GROUPS, IMAGE, LABELS, MAP, PIXELS, SIZES, ArtifactDetectorCollator
 from .configuration_artifact_detector import SIZE_MULTIPLE
 from .losses import LOSSES
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation, check_labels, squared_error
 from .sampling import DrawnRows, EpochSampler, GroupSampler, groups_of
+from .worst_cases import WorstCases, remove_pictures, write_picture
 
 
 LIVE_WEIGHTS = "live_model.safetensors"  # of a checkpoint: those that are trained, where its own are their average
@@ -79,8 +82,11 @@ class ArtifactDetectorTrainingArguments(RunArguments):
             always is.
         map_maximum (`int`, *optional*): the value of 8-bit artifact maps that stands for 1.0: 255 (confidences) or 1 (class
             indices). Without it 255, and a map whose highest value is 1 is refused, because it could be either.
-        threshold (`float`, *optional*, defaults to 0.5): highest confidence from which an image counts as having artifacts,
-            in the evaluation's rates.
+        threshold (`float`, *optional*, defaults to 0.5): confidence, and value of a map, in (0, 1] from which a pixel counts as an
+            artifact, and an image with such a pixel as having artifacts.
+        worst_cases (`int`, *optional*, defaults to 16): images of highest squared error that an evaluation draws, beside truth and
+            confidence, as one PNG in `worst_cases/` of the output folder, of which the newest 20 are kept; 0 for none. They
+            are not pushed.
     """
 
     _VALID_DICT_FIELDS = [*RunArguments._VALID_DICT_FIELDS, "augmentation_kwargs"]
@@ -151,7 +157,10 @@ class ArtifactDetectorTrainingArguments(RunArguments):
         },
     )
     threshold: float = field(
-        default=0.5, metadata={"help": "Highest confidence from which an image counts as having artifacts."}
+        default=0.5, metadata={"help": "Confidence from which a pixel, and an image with it, counts as an artifact."}
+    )
+    worst_cases: int = field(
+        default=16, metadata={"help": "Images of highest error that each evaluation draws; 0 for none."}
     )
 
     def __post_init__(self):
@@ -174,9 +183,12 @@ class ArtifactDetectorTrainingArguments(RunArguments):
             raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, found {self.loss!r}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`ema_decay` must be in (0, 1), or left out, found {self.ema_decay}.")
-        for name in ("crop_probability", "threshold"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"`{name}` must lie in [0, 1], found {getattr(self, name)}.")
+        if not 0 <= self.crop_probability <= 1:
+            raise ValueError(f"`crop_probability` must lie in [0, 1], found {self.crop_probability}.")
+        if not 0 < self.threshold <= 1:
+            raise ValueError(f"`threshold` must lie in (0, 1], found {self.threshold}.")
+        if self.worst_cases < 0:
+            raise ValueError(f"`worst_cases` must be at least 0, found {self.worst_cases}.")
         self.build_augmentation()  # a ValueError if it cannot
         if self.image_sizes is not None and not (
             None not in self.image_sizes
@@ -233,38 +245,6 @@ def _read_weights(given: dict[str, float] | str | None) -> dict[str, float] | No
     return weights
 
 
-def detector_metrics(prediction: EvalPrediction, threshold: float = 0.5) -> dict[str, float]:
-    """Metrics from the figures per image that [`ArtifactDetectorTrainer`] collects.
-
-    Args:
-        prediction: `predictions` (N, 3) with the mean squared error, the highest confidence and the loss of each image,
-            `label_ids` (N,) with the highest value of its true map.
-        threshold: highest confidence from which an image counts as having artifacts.
-
-    Returns:
-        `mse`; `mse_clean`, over images whose true map is all zero; `true_positive_rate`, the share of images with artifacts
-        that are found; `false_positive_rate`, the share of the others in which artifacts are claimed. A metric over no
-        image is nan, and a warning says so.
-    """
-    error, confidence, _ = torch.as_tensor(prediction.predictions).double().T
-    truth = torch.as_tensor(prediction.label_ids)
-    found, broken = (confidence >= threshold).double(), truth >= threshold
-    metrics = {
-        "mse": error,
-        "mse_clean": error[truth == 0],
-        "true_positive_rate": found[broken],
-        "false_positive_rate": found[~broken],
-    }
-    undefined = [name for name, values in metrics.items() if not len(values)]
-    if undefined:
-        warnings.warn(
-            f"{' and '.join(undefined)}: nan, because the evaluation has no image to measure on. It needs images with "
-            f"artifacts (a map that reaches {threshold:g}) as well as images without (a map of zeros).",
-            stacklevel=2,
-        )
-    return {name: values.mean().item() for name, values in metrics.items()}
-
-
 class ArtifactDetectorTrainer(RunTrainer):
     """Trains an [`ArtifactDetectorForSemanticSegmentation`] to give every pixel the confidence that it is an artifact.
 
@@ -285,13 +265,15 @@ class ArtifactDetectorTrainer(RunTrainer):
             [`ArtifactDetectorCollator`] reads; or a dictionary of them, whose names are the sources of `source_weights`.
         eval_dataset: likewise; the sets of a dictionary are evaluated apart.
         data_collator: instead of the [`ArtifactDetectorCollator`]; then augmentation is its own business.
-        compute_metrics: instead of [`detector_metrics`], with the same input: figures per image, not maps, which would not
-            fit in memory.
+        compute_metrics: further metrics, from a `transformers.EvalPrediction`: `predictions` (N, 3) with the mean squared error,
+            the highest confidence and the loss of each image, `label_ids` (N,) with the highest value of its true map. Maps would
+            not fit into memory.
         **kwargs: what [`~transformers.Trainer`] takes.
 
     The loss is the mean of [`losses.LOSSES`] over all images of an update, on all processes: an image weighs the same whatever
     the batch, the accumulation and the number of processes are. Evaluation reports `eval_loss`, the same mean over its images, and
-    the metrics of [`detector_metrics`].
+    `eval_` with the names of [`~evaluation.DetectorFigures`]; `figures` keeps those of categories and generators too, by the
+    prefix of the last evaluation with each. Its worst cases are drawn into `worst_cases/` of the output folder.
 
     Raises:
         ValueError: a dataset is empty or lacks a column.
@@ -350,7 +332,6 @@ class ArtifactDetectorTrainer(RunTrainer):
             )
             # saved with the weights
             kwargs.setdefault("processing_class", ArtifactDetectorImageProcessor.for_detector(model.config))
-        measure = partial(detector_metrics, threshold=args.threshold) if compute_metrics is None else compute_metrics
         super().__init__(
             model=model,
             args=args,
@@ -360,7 +341,7 @@ class ArtifactDetectorTrainer(RunTrainer):
             # the parent's own mean counts an image twice where processes have unequal numbers of them
             compute_metrics=lambda prediction: {
                 "loss": float(np.mean(prediction.predictions[:, 2], dtype=np.float64)),
-                **measure(prediction),
+                **(compute_metrics(prediction) if compute_metrics is not None else {}),
             },
             **kwargs,
         )
@@ -370,7 +351,8 @@ class ArtifactDetectorTrainer(RunTrainer):
                 "parallelism, see examples/accelerate/multi_gpu.yaml."
             )
         self._start_average()
-        self.sampler = None
+        self.sampler = self._evaluation = None
+        self.figures: dict[str, dict[str, Any]] = {}
         self.add_callback(_AtEpochsAndUpdates(self))
 
     def _start_average(self) -> None:
@@ -454,11 +436,19 @@ class ArtifactDetectorTrainer(RunTrainer):
         return self._without_augmentation(super().get_test_dataloader, *args, **kwargs)
 
     def _without_augmentation(self, get_dataloader, *args, **kwargs):
-        training_collator, self.data_collator = self.data_collator, self.eval_collator
+        """With every row once: a training that leaves out the last ones of an epoch must not be judged without them."""
+        training_collator, drop_last = self.data_collator, self.args.dataloader_drop_last
+        self.data_collator, self.args.dataloader_drop_last = self.eval_collator, False
         try:
-            return get_dataloader(*args, **kwargs)
+            loader = get_dataloader(*args, **kwargs)
         finally:
-            self.data_collator = training_collator
+            self.data_collator, self.args.dataloader_drop_last = training_collator, drop_last
+        if self.args.world_size > 1 and not hasattr(loader.dataset, "__len__"):
+            raise ValueError(
+                f"`eval_dataset` is a stream ({type(loader.dataset).__name__}), of which several processes would count some rows "
+                "twice. Load it without streaming."
+            )
+        return loader
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The batches of an update, and how many images they hold on all processes."""
@@ -487,14 +477,32 @@ class ArtifactDetectorTrainer(RunTrainer):
             )
         return norm
 
-    def evaluation_loop(self, *args, **kwargs):
-        """The parent's, on each process with the statistics of normalisation layers that are saved, those of the first one."""
+    # --- evaluation ----------------------------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """The parent's, with the figures of [`DetectorFigures`] and a picture of the worst cases.
+
+        Each process evaluates with the statistics of normalisation layers that are saved, which are those of the first one.
+        """
         for buffer in self.evaluated_model.buffers():
             broadcast(buffer)
-        return super().evaluation_loop(*args, **kwargs)
+        self._evaluation = _Evaluation(DetectorFigures(self.args.threshold), WorstCases(self.args.worst_cases))
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        whole, *others = gather_object([self._evaluation])
+        for other in others:
+            whole.figures.merge(other.figures)
+            whole.worst.merge(other.worst)
+        figures = self.figures[metric_key_prefix] = whole.figures.compute()
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in headline(figures).items()})
+        _warn_of_one_sided(figures["all"])
+        if self.is_world_process_zero():
+            with disk_errors_tolerated(self.args.output_dir, "The picture of the worst cases is left out."):
+                name = file_name(metric_key_prefix)
+                write_picture(whole.worst, self.args.output_dir, name, self.state.global_step)
+        return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """(None, figures (B, 3), truth (B,)); see [`detector_metrics`].
+        """(None, figures (B, 3), truth (B,)): see `compute_metrics`; and what [`evaluation_loop`] adds up, by the way.
 
         Each image is seen without the padding that its batch brought, and measured at the full size of its map: the figures
         are those of `confidence`, image by image, whatever the batch is.
@@ -506,16 +514,48 @@ class ArtifactDetectorTrainer(RunTrainer):
         groups = defaultdict(list)  # size -> rows of the batch
         for row, size in enumerate(inputs.get(SIZES, whole).tolist()):
             groups[tuple(size)].append(row)
+        columns = [inputs.get(name, [None] * len(labels)) for name in GROUPS]
+        first, real = self._place_of_batch(len(labels))
         figures = labels.new_empty(len(labels), 3)
         for (h, w, height, width), rows in groups.items():
-            truth = labels[rows, :, :height, :width]
+            seen, truth = pixels[rows, :, :h, :w], labels[rows, :, :height, :width]
             with torch.no_grad(), self.accelerator.autocast():
-                logits = _upsample(model(pixel_values=pixels[rows, :, :h, :w]).logits, (height, width))
+                logits = _upsample(model(pixel_values=seen).logits, (height, width))
             confidence = logits.sigmoid()
             figures[rows, 0] = squared_error(confidence, truth)
             figures[rows, 1] = confidence.flatten(1).amax(dim=1)
             figures[rows, 2] = LOSSES[self.args.loss](logits, truth)
+            counts = count_images(confidence, truth, self.args.threshold)
+            for i, row in enumerate(rows):
+                if row < real:
+                    self._evaluation.figures.add(counts[i : i + 1], *([values[row]] for values in columns))
+                    self._evaluation.worst.add(
+                        first + row, float(figures[row, 0]), self._as_image(seen[i]), truth[i], confidence[i]
+                    )
         return None, figures, labels.flatten(1).amax(dim=1)
+
+    def _place_of_batch(self, size: int) -> tuple[int, int]:
+        """The number of a batch's first row, and how many of its rows are real: several processes fill up the last round of
+        batches with rows that were evaluated before."""
+        state, world, rank = self.accelerator.gradient_state, self.args.world_size, self.args.process_index
+        first = (self._evaluation.batches * world + rank) * self.args.eval_batch_size
+        self._evaluation.batches += 1
+        if world == 1 or not state.end_of_dataloader or state.remainder <= 0:
+            return first, size
+        return first, min(max(state.remainder - rank * size, 0), size)
+
+    def _as_image(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Normalised (3, h, w) back to [0, 1]."""
+        config = self.evaluated_model.config
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (config.image_mean, config.image_std))
+        return (pixels * std + mean).clamp(0, 1)
+
+    # --- checkpoints ---------------------------------------------------------------------------------------------------------
+
+    def _take_over(self, step: int | None, again: bool = False) -> None:
+        super()._take_over(step, again)
+        if self.is_world_process_zero():
+            remove_pictures(self.args.output_dir, after=step or 0)
 
     def _save_weights(self, folder: Path) -> None:
         self.evaluated_model.save_pretrained(folder)
@@ -567,6 +607,26 @@ class ArtifactDetectorTrainer(RunTrainer):
 
 def _upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
+@dataclass
+class _Evaluation:
+    """What one process has of an evaluation."""
+
+    figures: DetectorFigures
+    worst: WorstCases
+    batches: int = 0
+
+
+def _warn_of_one_sided(figures: dict[str, float]) -> None:
+    broken, images = figures["images_with_artifacts"], figures["images"]
+    if images and broken in (0, images):
+        missing, undefined = ("with", "misses") if broken == 0 else ("without", "false_alarms")
+        warnings.warn(
+            f"The evaluation has no image {missing} artifacts, so that {undefined} and image_auroc are nan. It needs images of both "
+            "kinds: maps that reach the threshold, and maps of zeros.",
+            stacklevel=2,
+        )
 
 
 class _AtEpochsAndUpdates(TrainerCallback):

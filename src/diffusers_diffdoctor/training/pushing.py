@@ -27,7 +27,7 @@ from ..files import LOCK, RUNNING, written_atomically
 
 
 # What lies in an output folder and is nobody else's: checkpoints go their own way.
-NOT_UPLOADED = ["_*", "checkpoint-*", ".*.unfinished/*", LOCK, RUNNING, "training_args.bin"]
+NOT_UPLOADED = ["_*", "checkpoint-*", ".*.unfinished/*", "worst_cases/*", LOCK, RUNNING, "training_args.bin"]
 COPY = ".push-", ".unfinished"  # begin and end of the names of folders that hold what is being uploaded
 MOST_WAITING = 8
 REQUEST = Path(__file__).with_name("hub_request.py")
