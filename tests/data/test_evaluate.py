@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,7 +187,13 @@ def test_a_folder_of_images_with_metadata(labelled, detector, tmp_path, capsys):
     result = json.loads((tmp_path / "out/figures.json").read_text())
     assert_close(result["figures"], by_a_loop(full_size_only(labelled[1])))
     assert result["detector"] == "tiny" and result["dataset"] == "pairs"
-    assert main(command) == 0  # nothing is left to do
+    card = Path(detector, "README.md")
+    assert main([*command, "--card"]) == 0  # nothing is left to measure
+    assert "Measured on 6 images of pairs" in card.read_text() and "| category hand |" in card.read_text()
+    card.write_text("mine")
+    assert main([*command, "--card"]) == 0
+    assert "was edited and is kept" in capsys.readouterr().out and card.read_text() == "mine"
+    assert main([*command[:3], "user/detector", *command[4:], "--card"]) == 1
 
 
 def test_a_dataset_reads_no_file_outside_of_its_folder(tmp_path):

@@ -17,7 +17,7 @@ from datasets import Features, List, Value
 
 from ..detector.modeling_artifact_detector import normalise_images
 from ..detector.tiling import tiled_confidence
-from ..evaluation.detector_figures import START, DetectorFigures, count_images
+from ..evaluation.detector_figures import SHOWN, START, DetectorFigures, count_images, figure_table
 from ..evaluation.pairs import json_ready
 from ..evaluation.report import Figure, Picture, Section, Table, html_report
 from ..files import write_atomically
@@ -32,21 +32,7 @@ from .stage import DATA, LEFT_OUT, MARKERS, Result, row_name, run_stage
 
 COMPARED = "compared"
 FIGURES, REPORT = "figures.json", "report.html"
-GROUPS = ("all", "with_artifacts", "without_artifacts", "photographs")
 ROWS_AT_A_TIME = 256
-# figure -> its heading, and how it is written
-SHOWN = {
-    "images": ("images", "{}"),
-    "mse": ("MSE", "{:.4f}"),
-    "kl_misses": ("KL (misses)", "{:.4f}"),
-    "kl_false_alarms": ("KL(1-) (false alarms)", "{:.4f}"),
-    "pixel_ap": ("pixel AP", "{:.3f}"),
-    "iou": ("IoU", "{:.3f}"),
-    "image_auroc": ("image AUROC", "{:.3f}"),
-    "calibration_error": ("calibration error", "{:.4f}"),
-    "misses": ("missed", "{:.1%}"),
-    "false_alarms": ("false alarms", "{:.1%}"),
-}
 
 
 @dataclass(frozen=True)
@@ -230,18 +216,6 @@ def _picture(stage: Compare, row: Row, figure: float) -> Picture:
     return Picture(image_grid([tiles], margin=0), Path(row_name(row) or "").name, note)
 
 
-def table_of(figures: Mapping[str, Any]) -> Table:
-    """The figures of all groups, a line for each, as people read them; `figures` as in figures.json."""
-    lines = [(name.replace("_", " "), figures[name]) for name in GROUPS if figures[name]["images"]]
-    for kind, what in (("generators", "generator"), ("categories", "category")):
-        lines += [(f"{what} {name}", group) for name, group in figures[kind].items()]
-    rows = [
-        [name, *("" if group[key] is None else style.format(group[key]) for key, (_, style) in SHOWN.items())]
-        for name, group in lines
-    ]
-    return Table(("", *(heading for heading, _ in SHOWN.values())), rows)
-
-
 def _write_report(output_dir: Path, result: Mapping[str, Any], drawn: Mapping[str, Sequence[Picture]]) -> None:
     figures = result["figures"]
     everything, bad = figures["all"], sum(result["quarantined"].values())
@@ -265,7 +239,7 @@ def _write_report(output_dir: Path, result: Mapping[str, Any], drawn: Mapping[st
             "Figures",
             "Of all images and of groups. An image with several categories counts in each. MSE and both KL are means over images, "
             "the next figures but AUROC are of all pixels at once.",
-            table_of(figures),
+            Table(*figure_table(figures)),
         )
     ]
     for kind, heading in (("kl_false_alarms", "The worst false alarms"), ("kl_misses", "The worst misses")):

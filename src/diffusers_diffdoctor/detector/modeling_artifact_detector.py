@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """The artifact detector: SegFormer with one output channel, and the differentiable way from an image to its map."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ pipeline_tag: image-segmentation
 tags:
 - diffusers-diffdoctor
 - artifact-detection
----
+{metadata}---
 
 # Artifact detector
 
@@ -52,11 +53,14 @@ from transformers import AutoModelForSemanticSegmentation
 model = AutoModelForSemanticSegmentation.from_pretrained({name}, trust_remote_code=True).eval()
 ```
 
-## Limits
+{sections}## Limits
 
 Small hands and faces in large images are seen better in tiles (`detect(image, tile=512)`). A figure of this detector is
-no proof for a generator that was trained against it: judge with another one. Detectors that started from `nvidia/mit-b5`
+no proof for a generator that was trained against it: judge with another one. Detectors that started from `nvidia/mit-b*`
 inherit its licence, which allows non-commercial use only.
+
+A detector grows stale: it knows the mistakes of the generators that it learned from, and may find little in images of newer
+ones. `diffdoctor data drift` compares a new generator's images with what it knows.
 """
 
 
@@ -247,13 +251,26 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
             ModelCard(self.model_card(repo_id)).push_to_hub(repo_id, token=kwargs.get("token"))
         return super().push_to_hub(repo_id, **kwargs)
 
-    def model_card(self, name: str) -> str:
-        """Text of the model card for a repository or folder of this name."""
+    def model_card(self, name: str, metadata: str = "", sections: str = "") -> str:
+        """Text of the model card for a repository or folder of this name.
+
+        Its last line is a digest of the others, which tells a card that nobody has edited.
+
+        Args:
+            name: of the repository or folder.
+            metadata: further lines of its YAML, each ended.
+            sections: further sections in Markdown, each ended by an empty line.
+        """
         # a folder's name may hold anything: here it is a literal of Python on one line, in ASCII where it is not valid Unicode
         literal = json.dumps(name, ensure_ascii=not name.isprintable())
-        return MODEL_CARD.format(
-            name=literal, parameters=self.num_parameters() / 1e6, image_size=self.config.image_size
+        text = MODEL_CARD.format(
+            name=literal,
+            parameters=self.num_parameters() / 1e6,
+            image_size=self.config.image_size,
+            metadata=metadata,
+            sections=sections,
         )
+        return f"{text}\n<!-- as written: {hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()} -->\n"
 
 
 # The native class converts its own old keys by class name. Ours needs the entry too, under its own name; the encoder is a

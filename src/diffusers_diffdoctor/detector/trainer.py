@@ -7,6 +7,7 @@ Left out on purpose: the data loop of the paper. It makes datasets, and this tra
 import json
 import math
 import os
+import time
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ from .averaging import moving_average
 from .collator import GROUPS, IMAGE, LABELS, MAP, PIXELS, SIZES, ArtifactDetectorCollator
 from .configuration_artifact_detector import SIZE_MULTIPLE
 from .losses import LOSSES
+from .model_card import data_facts, write_card
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation, check_labels, squared_error
 from .sampling import DrawnRows, EpochSampler, GroupSampler, groups_of
 from .worst_cases import WorstCases, remove_pictures, write_picture
@@ -305,6 +307,7 @@ class ArtifactDetectorTrainer(RunTrainer):
         for argument, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
             for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
                 _check_dataset(f"{argument}[{name!r}]" if name else argument, dataset)
+        self._data = data_facts(train_dataset)
         self._row_sources = self._row_classes = None
         if args.source_weights is not None:
             self._row_sources = _sources_of_rows(train_dataset)
@@ -372,6 +375,9 @@ class ArtifactDetectorTrainer(RunTrainer):
         return {
             "config": {key: config[key] for key in config if key not in NOT_COMPARED},
             "rows": rows,
+            "data": self._data,
+            "started_from": self.evaluated_model.config.name_or_path or None,
+            "trained": time.strftime("%Y-%m", time.gmtime()),
             "average_updates": None if self.average is None else int(self.average.n_averaged),
             **super().record(),
         }
@@ -561,6 +567,7 @@ class ArtifactDetectorTrainer(RunTrainer):
         self.evaluated_model.save_pretrained(folder)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
+        self._write_card(folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
@@ -595,14 +602,13 @@ class ArtifactDetectorTrainer(RunTrainer):
         self._start_average()
 
     def create_model_card(self, *args, **kwargs):
-        """The detector's card says what it is and how to call it; one that is there is kept."""
-        card = os.path.join(self.args.output_dir, "README.md")
-        if self.is_world_process_zero() and not os.path.exists(card):
-            model = self.accelerator.unwrap_model(self.model)
-            with open(card, "w", encoding="utf-8") as file:
-                file.write(
-                    model.model_card(self.hub_model_id or os.path.basename(os.path.abspath(self.args.output_dir)))
-                )
+        """The detector's card says what it is, how to call it, what it learned from and how well it does; one that somebody has
+        edited is kept."""
+        if self.is_world_process_zero():
+            self._write_card(self.args.output_dir, self.hub_model_id)
+
+    def _write_card(self, folder: str | os.PathLike, name: str | None = None) -> None:
+        write_card(folder, self.evaluated_model, name, record=self.record(), log_history=self.state.log_history)
 
 
 def _upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ of equal width in log-odds: two confidences are told apart if their odds differ 
 between. The bins are ours; [`~metrics.average_precision_bounds`] and [`~metrics.roc_auc`] say how far that can be off.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -41,6 +41,20 @@ COLUMNS = {
     "wrong_pixels": BINS,
     "sound_images": BINS,
     "wrong_images": BINS,
+}
+GROUPS = ("all", "with_artifacts", "without_artifacts", "photographs")
+# figure -> how people read its name, and its value
+SHOWN = {
+    "images": ("images", "{}"),
+    "mse": ("MSE", "{:.4f}"),
+    "kl_misses": ("KL (misses)", "{:.4f}"),
+    "kl_false_alarms": ("KL(1-) (false alarms)", "{:.4f}"),
+    "pixel_ap": ("pixel AP", "{:.3f}"),
+    "iou": ("IoU", "{:.3f}"),
+    "image_auroc": ("image AUROC", "{:.3f}"),
+    "calibration_error": ("calibration error", "{:.4f}"),
+    "misses": ("missed", "{:.1%}"),
+    "false_alarms": ("false alarms", "{:.1%}"),
 }
 START = dict(zip(COLUMNS, accumulate(COLUMNS.values(), initial=0)))  # number of each one's first column
 
@@ -202,10 +216,7 @@ class DetectorFigures:
             A figure over no image or pixel is nan, such as `misses` of photographs.
         """
         nobody = torch.zeros(sum(COLUMNS.values()), dtype=torch.float64)
-        groups = {
-            kind: _figures(self._sums.get((kind, ""), nobody))
-            for kind in ("all", "with_artifacts", "without_artifacts", "photographs")
-        }
+        groups = {kind: _figures(self._sums.get((kind, ""), nobody)) for kind in GROUPS}
         for kind in ("categories", "generators"):
             names = sorted(name for group, name in self._sums if group == kind)
             groups[kind] = {name: _figures(self._sums[kind, name]) for name in names}
@@ -219,9 +230,27 @@ def headline(figures: dict[str, Any]) -> dict[str, float]:
     and generators are left out.
     """
     flat = dict(figures["all"])
-    for kind in ("with_artifacts", "without_artifacts", "photographs"):
+    for kind in GROUPS[1:]:
         flat |= {f"{kind}_{name}": value for name, value in figures[kind].items() if value == value}
     return flat
+
+
+def figure_table(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """(columns, rows) of a table for people: a row for each group that has images, then for each generator and category.
+
+    Args:
+        figures: of [`DetectorFigures.compute`]; what is nan, or None as in JSON, is left empty.
+    """
+    lines = [(name.replace("_", " "), figures[name]) for name in GROUPS if figures[name]["images"]]
+    for kind, what in (("generators", "generator"), ("categories", "category")):
+        lines += [(f"{what} {name}", group) for name, group in figures[kind].items()]
+    rows = []
+    for name, group in lines:
+        values = [(group[key], style) for key, (_, style) in SHOWN.items()]
+        rows.append(
+            [name, *("" if value is None or value != value else style.format(value) for value, style in values)]
+        )
+    return ["", *(heading for heading, _ in SHOWN.values())], rows
 
 
 def _figures(sums: torch.Tensor) -> dict[str, float]:
