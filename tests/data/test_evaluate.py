@@ -189,7 +189,7 @@ def test_a_folder_of_images_with_metadata(labelled, detector, tmp_path, capsys):
     assert result["detector"] == "tiny" and result["dataset"] == "pairs"
     card = Path(detector, "README.md")
     assert main([*command, "--card"]) == 0  # nothing is left to measure
-    assert "Measured on 6 images of pairs" in card.read_text() and "| category hand |" in card.read_text()
+    assert "Measured on pairs" in card.read_text() and "| category hand |" in card.read_text()
     card.write_text("mine")
     assert main([*command, "--card"]) == 0
     assert "was edited and is kept" in capsys.readouterr().out and card.read_text() == "mine"

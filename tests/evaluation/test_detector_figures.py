@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from diffusers_diffdoctor.evaluation import DetectorFigures, headline, metrics
-from diffusers_diffdoctor.evaluation.detector_figures import BINS, bin_of, count_images
+from diffusers_diffdoctor.evaluation.detector_figures import (
+    BINS,
+    GROUPS,
+    SHOWN,
+    bin_of,
+    count_images,
+    figure_table,
+    from_headline,
+)
 
 
 SIZES = [(6, 9), (5, 7), (6, 9), (12, 4), (5, 7), (6, 9), (5, 7), (3, 3)]
@@ -174,6 +182,25 @@ def test_the_headline_is_flat(images):
     assert flat["photographs_kl_false_alarms"] == figures["photographs"]["kl_false_alarms"]
     assert "photographs_misses" not in flat  # undefined by nature
     assert math.isnan(headline(DetectorFigures().compute())["mse"])  # undefined for want of data
+
+
+def test_a_headline_becomes_groups_again(images):
+    figures = count(images, range(len(images))).compute()
+    log = {f"eval_{key}": value for key, value in headline(figures).items()} | {"eval_runtime": 1.0, "mse": 3.0}
+    log |= {f"eval_very_small_{key}": 2.0 for key in ("mse", "photographs_kl_misses")}
+    found = from_headline(log, "eval_")
+    assert found["very_small"] == {"all": {"mse": 2.0}, "photographs": {"kl_misses": 2.0}} and len(found) == 2
+    for group in GROUPS:
+        expected = {
+            key: value for key, value in figures[group].items() if key in SHOWN and (group == "all" or value == value)
+        }
+        assert found[""][group] == pytest.approx(expected, nan_ok=True)
+    columns, rows = figure_table(figures)
+    assert [row[0] for row in rows[:4]] == ["all", "with artifacts", "without artifacts", "photographs"]
+    assert rows[4][0] == "generator flux" and rows[-1][0] == "category hand"
+    assert rows[0][columns.index("MSE")] == f"{figures['all']['mse']:.4f}"
+    assert rows[3][columns.index("missed")] == ""  # of photographs
+    assert figure_table(found[""])[1] == rows[:4]
 
 
 # --- scores in bins ------------------------------------------------------------------------------------------------------------

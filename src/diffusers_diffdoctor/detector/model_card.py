@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from ..evaluation.detector_figures import GROUPS, SHOWN, figure_table
+from ..evaluation.detector_figures import GROUPS, SHOWN, figure_table, from_headline
 from ..files import write_atomically
 from ..names import markdown, shortened
 from ..training.record import plain
@@ -172,53 +172,48 @@ def _licence_and_base(base: str | None) -> dict[str, Any]:
 # --- figures -------------------------------------------------------------------------------------------------------------------
 
 
-def _logged(log_history: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, float]:
-    """The figures of the last evaluation up to a step, by their names without `eval_`."""
+def _logged(log_history: Sequence[Mapping[str, Any]], step: int | None) -> dict[str, dict[str, dict[str, float]]]:
+    """The figures of the last evaluation up to a step: set of images -> group -> figures."""
     entries = [e for e in log_history if any(k.startswith("eval_") for k in e) and (step is None or e["step"] <= step)]
     latest = {key: value for e in entries if e["step"] == entries[-1]["step"] for key, value in e.items()}
-    timing = ("_runtime", "_per_second", "_time")
-    return {
-        key.removeprefix("eval_"): value
-        for key, value in latest.items()
-        if key.startswith("eval_") and not key.endswith(timing) and isinstance(value, (int, float)) and value == value
-    }
+    return from_headline(latest, "eval_")
 
 
-def _figures(evaluation: Mapping[str, Any] | None, logged: Mapping[str, float]) -> list[str]:
-    heading = "## Figures\n\n"
+def _figures(
+    evaluation: Mapping[str, Any] | None, logged: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> list[str]:
     if evaluation is not None:
-        figures = evaluation["figures"]
-        columns, rows = figure_table(figures)
-        dataset = f" of {markdown(evaluation['dataset'])}" if evaluation["dataset"] else ""
-        text = (
-            f"Measured on {figures['all']['images']} images{dataset} at a threshold of {evaluation['threshold']:g}. "
-        )
-        text += "An image with several categories counts in each.\n\n"
-        lines = [[markdown(row[0][:120]), *row[1:]] for row in rows[: len(GROUPS) + MOST_LINES]]
-        return [heading + text + _markdown_table(columns, lines)]
-    if not logged:
+        dataset = f" on {markdown(evaluation['dataset'])}" if evaluation["dataset"] else ""
+        text = f"Measured{dataset} at a threshold of {evaluation['threshold']:g}. "
+        tables = {"": evaluation["figures"]}
+    elif logged:
+        text, tables = "The last evaluation of the training, on images that were held out. ", logged
+    else:
         return []
-    text = "The last evaluation of the training, on the images that it was given for that.\n\n"
-    return [
-        heading + text + _markdown_table(("figure", "value"), [[markdown(k), f"{v:.4g}"] for k, v in logged.items()])
-    ]
+    text += "An image with several categories counts in each.\n"
+    for name, figures in tables.items():
+        columns, rows = figure_table(figures)
+        lines = [[markdown(row[0][:120]), *row[1:]] for row in rows[: len(GROUPS) + MOST_LINES]]
+        text += (f"\n{markdown(name)}:\n" if name else "") + "\n" + _markdown_table(columns, lines)
+    return ["## Figures\n\n" + text]
 
 
-def _model_index(evaluation: Mapping[str, Any] | None, logged: Mapping[str, float]) -> dict[str, Any]:
-    """The figures as the Hub reads them."""
-    values, dataset = logged, "held-out images"
+def _model_index(
+    evaluation: Mapping[str, Any] | None, logged: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> dict[str, Any]:
+    """The figures of all images as the Hub reads them."""
+    tables = {name or "held-out images": figures for name, figures in logged.items()}
     if evaluation is not None:
-        values, dataset = evaluation["figures"]["all"], evaluation["dataset"] or dataset
-    metrics = [
-        {"type": name, "name": heading, "value": values[name]}
-        for name, (heading, _) in SHOWN.items()
-        if name != "images" and values.get(name) is not None
-    ]
-    if not metrics:
-        return {}
-    result = {
-        "task": {"type": "image-segmentation"},
-        "dataset": {"type": dataset, "name": dataset},
-        "metrics": metrics,
-    }
-    return {"model-index": [{"name": "Artifact detector", "results": [result]}]}
+        tables = {evaluation["dataset"] or "held-out images": evaluation["figures"]}
+    results = []
+    for name, figures in tables.items():
+        values = figures.get("all", {})
+        metrics = [
+            {"type": key, "name": heading, "value": values[key]}
+            for key, (heading, _) in SHOWN.items()
+            if key != "images" and values.get(key) is not None and values[key] == values[key]
+        ]
+        if metrics:
+            dataset = {"type": name, "name": name}
+            results.append({"task": {"type": "image-segmentation"}, "dataset": dataset, "metrics": metrics})
+    return {"model-index": [{"name": "Artifact detector", "results": results}]} if results else {}

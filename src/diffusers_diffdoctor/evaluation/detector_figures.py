@@ -239,18 +239,39 @@ def figure_table(figures: Mapping[str, Any]) -> tuple[list[str], list[list[str]]
     """(columns, rows) of a table for people: a row for each group that has images, then for each generator and category.
 
     Args:
-        figures: of [`DetectorFigures.compute`]; what is nan, or None as in JSON, is left empty.
+        figures: of [`DetectorFigures.compute`]; what is missing, nan, or None as in JSON is left empty.
     """
-    lines = [(name.replace("_", " "), figures[name]) for name in GROUPS if figures[name]["images"]]
+    lines = [(name.replace("_", " "), figures[name]) for name in GROUPS if figures.get(name, {}).get("images")]
     for kind, what in (("generators", "generator"), ("categories", "category")):
-        lines += [(f"{what} {name}", group) for name, group in figures[kind].items()]
+        lines += [(f"{what} {name}", group) for name, group in figures.get(kind, {}).items()]
     rows = []
     for name, group in lines:
-        values = [(group[key], style) for key, (_, style) in SHOWN.items()]
+        values = [(group.get(key), style) for key, (_, style) in SHOWN.items()]
         rows.append(
             [name, *("" if value is None or value != value else style.format(value) for value, style in values)]
         )
     return ["", *(heading for heading, _ in SHOWN.values())], rows
+
+
+def from_headline(flat: Mapping[str, float], prefix: str = "") -> dict[str, dict[str, dict[str, float]]]:
+    """What [`headline`] made for a log, back in groups: the name of a set of images -> group -> figures.
+
+    Args:
+        flat: an entry of a log; what is no figure is passed over. A set's name stands before the figures': `faces_mse`.
+        prefix: of the names, such as `eval_`.
+    """
+    sets: dict[str, dict[str, dict[str, float]]] = {}
+    for key, value in flat.items():
+        # the longest, because `kl_misses` ends in `misses` as well
+        ends = [figure for figure in SHOWN if f"_{key.removeprefix(prefix)}".endswith(f"_{figure}")]
+        if not key.startswith(prefix) or not ends:
+            continue
+        figure = max(ends, key=len)
+        rest = f"_{key.removeprefix(prefix)}".removesuffix(f"_{figure}")
+        group = next((name for name in GROUPS[1:] if rest.endswith(f"_{name}")), None)
+        name = rest if group is None else rest.removesuffix(f"_{group}")
+        sets.setdefault(name.removeprefix("_"), {}).setdefault(group or "all", {})[figure] = value
+    return sets
 
 
 def _figures(sums: torch.Tensor) -> dict[str, float]:
