@@ -217,13 +217,13 @@ def named(count, name, **columns):
     return [row | {"name": f"{name} {i}"} | columns for i, row in enumerate(squares(count))]
 
 
-def names_of_an_epoch(folder, train_dataset, **settings):
+def names_of_an_epoch(folder, train_dataset, num_train_epochs=1, **settings):
     model = tiny_detector(image_size=32)
     recorder = Recorder(model.config)
     args = ArtifactDetectorTrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4,
-        num_train_epochs=1,
+        num_train_epochs=num_train_epochs,
         save_strategy="no",
         use_cpu=True,
         disable_tqdm=True,
@@ -243,9 +243,10 @@ def test_datasets_are_mixed_by_their_weights(tmp_path, as_column):
     assert len(human) == 8 and sorted(human[:3]) == sorted(set(human)) and len(photo) == len(set(photo)) == 4
 
 
-def test_a_dictionary_without_weights_is_every_row_once(tmp_path):
-    names = names_of_an_epoch(tmp_path, {"a": named(3, "a"), "b": named(5, "b")})
-    assert sorted(names) == sorted([f"a {i}" for i in range(3)] + [f"b {i}" for i in range(5)])
+def test_a_dictionary_without_weights_is_every_row_once_an_epoch_in_another_order(tmp_path):
+    names = names_of_an_epoch(tmp_path, {"a": named(3, "a"), "b": named(5, "b")}, num_train_epochs=2)
+    assert sorted(names[:8]) == sorted(names[8:]) == [*(f"a {i}" for i in range(3)), *(f"b {i}" for i in range(5))]
+    assert names[:8] != names[8:]
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])

@@ -495,6 +495,7 @@ class ArtifactDetectorTrainer(RunTrainer):
         self._evaluation = _Evaluation(DetectorFigures(self.args.threshold), WorstCases(self.args.worst_cases))
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         whole, *others = gather_object([self._evaluation])
+        self._evaluation = whole
         for other in others:
             whole.figures.merge(other.figures)
             whole.worst.merge(other.worst)
