@@ -11,6 +11,7 @@ from typing import Any
 # stage -> what it does
 STAGES = {
     "photos": "real photographs, from a folder or a dataset, as rows without artifacts",
+    "inject": "artifacts without annotators: a share of sound images is spoiled, and it is known where",
     "label": "a detector's own maps for images without a better label",
     "balance": "categories and generators in which a detector sees more artifacts, or fewer, than elsewhere",
     "mine": "the hard cases of a dataset, which people should label, apart from the simple ones",

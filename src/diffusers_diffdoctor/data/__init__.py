@@ -8,6 +8,7 @@ what lies in the folder of a dataset.
 from .balance import balance, stand_out
 from .card import push_dataset
 from .evaluate import Compare, evaluate_detector
+from .inject import Inject
 from .label import Label
 from .merge import Merge, common_columns, shares_of
 from .mine import Score, mine
@@ -21,6 +22,7 @@ __all__ = [
     "FEATURES",
     "SOURCES",
     "Compare",
+    "Inject",
     "Label",
     "Merge",
     "Photos",

@@ -1,0 +1,105 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""What does a detector learn from injection alone, measured on the mistakes of the renderer, of which injection knows nothing?
+
+Detectors of one architecture, from random weights, are trained with as many scenes and steps as each other:
+
+- `truth`: the renderer's own mistakes with their maps (full ground truth, as for the bundled detector);
+- `injection`: scenes that are all drawn right, 60 % of them spoiled by `data inject`.
+
+Both are tested on fresh mistakes of the renderer: pixel average precision, over all and by kind, each kind with as many right scenes.
+
+Each training is a cell, a file of results; a stopped benchmark goes on where it was.
+
+    python benchmarks/injection.py                          # the table of docs/source/data_inject.md
+    python benchmarks/injection.py --split development --seeds 0 --data injection
+"""
+
+import argparse
+import statistics
+from pathlib import Path
+
+import numpy as np
+import torch
+from small_detector import cached, confidences, figures, trained
+
+from diffusers_diffdoctor.data.injection import WEIGHTS, inject
+from diffusers_diffdoctor.miniature.renderer import ARTIFACT_KINDS, PRONE_CATEGORIES, render, sample_scene
+from diffusers_diffdoctor.seeds import derive_seed
+
+
+ROOT = Path(__file__).parents[1]
+DATA = ("truth", "injection")
+WRONG_SHARE = 0.6
+TESTED = 200  # scenes of each kind
+
+
+def scenes(count: int, rng: np.random.Generator, wrong_share: float, **options) -> tuple[np.ndarray, np.ndarray]:
+    images, maps = zip(*(render(sample_scene(rng, wrong_share, **options)) for _ in range(count)))
+    return np.stack(images), np.stack(maps)
+
+
+def training_data(data: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    if data == "truth":
+        return scenes(count, rng, WRONG_SHARE, under_treatment=True)
+    images, maps = scenes(count, rng, 0.0)
+    for i in range(count):
+        found = inject(images[i], rng, WEIGHTS if rng.random() < WRONG_SHARE else {})
+        images[i], maps[i] = found.image, found.artifact_map
+    return images, maps
+
+
+def cell(data: str, split: str, seed: int, count: int, steps: int) -> dict:
+    model = trained(*training_data(data, count, derive_seed(split, "training", data, seed)), steps, seed)
+    rng = np.random.default_rng(derive_seed(split, "test", seed))
+    result = {"all": figures_on(model, *scenes(3 * TESTED, rng, 0.5))}
+    right = scenes(TESTED, rng, 0.0)
+    for kind in ARTIFACT_KINDS:
+        wrong = [
+            render(sample_scene(rng, category=PRONE_CATEGORIES[i % len(PRONE_CATEGORIES)], artifact=kind))
+            for i in range(TESTED)
+        ]
+        both = (np.concatenate([np.stack(some), part]) for some, part in zip(zip(*wrong), right))
+        result[kind] = figures_on(model, *both)
+    return result
+
+
+def figures_on(model, images: np.ndarray, maps: np.ndarray) -> dict:
+    found = figures(confidences(model, images), maps)
+    names = ("pixel_ap", "iou", "image_auroc", "misses", "false_alarms")
+    return {name: found[name] for name in names} | {"base_rate": float((maps > 0).mean())}
+
+
+def table(cells: dict[str, list[dict]]) -> str:
+    rows = ["all", *ARTIFACT_KINDS]
+    lines = ["| mistakes | " + " | ".join(f"AP, {data}" for data in cells) + " | share |", "|---|" + "---|" * (len(cells) + 1)]
+    for row in rows:
+        means = [statistics.fmean(cell["figures"][row]["pixel_ap"] for cell in some) for some in cells.values()]
+        share = f"{100 * means[1] / means[0]:.0f} %" if len(means) > 1 else "-"
+        lines.append(f"| {row} | " + " | ".join(f"{mean:.3f}" for mean in means) + f" | {share} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="(default: both)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and test (%(default)s)")
+    parser.add_argument("--split", choices=["report", "development"], default="report", help="which scenes")
+    parser.add_argument("--scenes", type=int, default=6000, help="for training (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1200, help="of 24 scenes (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/injection", help="for the cells")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    cells: dict[str, list[dict]] = {data: [] for data in args.data}
+    for seed in args.seeds:
+        for data in args.data:
+            settings = {"data": data, "split": args.split, "seed": seed, "scenes": args.scenes, "steps": args.steps}
+            one = cached(args.results, settings, cell, data, args.split, seed, args.scenes, args.steps)
+            print(settings, one["seconds"], {k: round(v["pixel_ap"], 3) for k, v in one["figures"].items()}, flush=True)
+            cells[data].append(one)
+    print(table(cells))
+    return cells
+
+
+if __name__ == "__main__":
+    main()
