@@ -72,7 +72,10 @@ def figures_on(model, images: np.ndarray, maps: np.ndarray) -> dict:
 
 def table(cells: dict[str, list[dict]]) -> str:
     rows = ["all", *ARTIFACT_KINDS]
-    lines = ["| mistakes | " + " | ".join(f"AP, {data}" for data in cells) + " | share |", "|---|" + "---|" * (len(cells) + 1)]
+    lines = [
+        "| mistakes | " + " | ".join(f"AP, {data}" for data in cells) + " | share |",
+        "|---|" + "---|" * (len(cells) + 1),
+    ]
     for row in rows:
         means = [statistics.fmean(cell["figures"][row]["pixel_ap"] for cell in some) for some in cells.values()]
         share = f"{100 * means[1] / means[0]:.0f} %" if len(means) > 1 else "-"
@@ -95,7 +98,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
         for data in args.data:
             settings = {"data": data, "split": args.split, "seed": seed, "scenes": args.scenes, "steps": args.steps}
             one = cached(args.results, settings, cell, data, args.split, seed, args.scenes, args.steps)
-            print(settings, one["seconds"], {k: round(v["pixel_ap"], 3) for k, v in one["figures"].items()}, flush=True)
+            print(
+                settings, one["seconds"], {k: round(v["pixel_ap"], 3) for k, v in one["figures"].items()}, flush=True
+            )
             cells[data].append(one)
     print(table(cells))
     return cells

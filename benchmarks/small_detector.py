@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from diffusers_diffdoctor.detector import (
     ArtifactDetectorConfig,
