@@ -1,7 +1,10 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Configuration of the artifact detector, and the one rule for the size at which it looks at an image."""
 
+import copy
+
 from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.segformer.configuration_segformer import SegformerConfig
 
 
@@ -40,7 +43,13 @@ class ArtifactDetectorConfig(SegformerConfig):
     The architecture is free of restrictions, but the pretrained encoder that the paper starts from, `nvidia/mit-b5`, is
     under a licence that allows non-commercial use only. Detectors that are trained from other weights do not inherit it.
 
+    Instead of SegFormer's, the encoder may be any of transformers' `AutoBackbone`, under SegFormer's decode head.
+
     Args:
+        backbone_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of an encoder of `AutoBackbone` whose maps have a fourth, an eighth, ... of the image's side, such as
+            `PvtV2Config` or `Swinv2Config`. Without `out_features` the maps of its last four stages are used.
+            SegFormer's own hyper-parameters mean nothing then, but for `decoder_hidden_size` and `classifier_dropout_prob`.
         image_size (`int`, *optional*, defaults to 512):
             Short side in pixels to which images are resized, aspect kept, before they enter the network. A multiple
             of 32.
@@ -63,6 +72,7 @@ class ArtifactDetectorConfig(SegformerConfig):
 
     model_type = "artifact_detector"
     _auto_class = "AutoConfig"
+    sub_configs = {"backbone_config": AutoConfig}
 
     depths: list[int] | tuple[int, ...] = (3, 6, 40, 3)
     hidden_sizes: list[int] | tuple[int, ...] = (64, 128, 320, 512)
@@ -70,11 +80,14 @@ class ArtifactDetectorConfig(SegformerConfig):
     image_size: int = 512
     image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
     image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    backbone_config: dict | PreTrainedConfig | None = None
 
     def __post_init__(self, **kwargs):
         if self.id2label is None and kwargs.get("num_labels") is None:
             self.id2label = {0: "artifact"}
             self.label2id = {"artifact": 0}
+        if self.backbone_config is not None:
+            self.backbone_config = _backbone_config(self.backbone_config)
         super().__post_init__(**kwargs)
         self.validate_image_preprocessing()  # here it is a plain ValueError
 
@@ -92,6 +105,31 @@ class ArtifactDetectorConfig(SegformerConfig):
                 )
         if min(self.image_std) <= 0:
             raise ValueError(f"image_std must be positive, got {self.image_std}.")
+
+
+def _backbone_config(given: dict | PreTrainedConfig) -> PreTrainedConfig:
+    """The configuration with several maps to put out, where it has only the last one, the default of `AutoBackbone`."""
+    if isinstance(given, dict):
+        given = AutoConfig.for_model(**given)
+    stages = getattr(given, "stage_names", None)
+    if stages is None:
+        raise ValueError(
+            f"backbone_config is of the model type {given.model_type!r}, which is no encoder of `AutoBackbone`: use one that is, such "
+            "as PvtV2Config, Swinv2Config, ConvNextConfig or ResNetConfig."
+        )
+    patch = getattr(given, "patch_size", None)
+    if isinstance(patch, int) and SIZE_MULTIPLE % patch:
+        raise ValueError(
+            f"backbone_config of the model type {given.model_type!r} has a patch_size of {patch}, but images enter the detector with "
+            f"sides that are multiples of {SIZE_MULTIPLE}, whose last pixels it would not see. Use an encoder whose patch size "
+            f"divides {SIZE_MULTIPLE}."
+        )
+    given = copy.deepcopy(given)
+    # of the model that the encoder is from: its path, which may be private, and the names of what it told apart
+    given.name_or_path, given.architectures, given.num_labels = "", None, 2
+    if given.out_features is None or list(given.out_features) == stages[-1:]:
+        given.out_features = stages[-4:]
+    return given
 
 
 __all__ = ["ArtifactDetectorConfig", "detector_input_size"]

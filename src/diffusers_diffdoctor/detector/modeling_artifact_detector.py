@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """The artifact detector: SegFormer with one output channel, and the differentiable way from an image to its map."""
 
+import copy
 import hashlib
 import json
 import os
@@ -10,13 +11,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from huggingface_hub import HfApi, ModelCard
-from transformers import SegformerForSemanticSegmentation
+from transformers import AutoBackbone, SegformerForSemanticSegmentation
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.modeling_outputs import SemanticSegmenterOutput
+from transformers.models.segformer.modeling_segformer import SegformerDecodeHead, SegformerPreTrainedModel
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_artifact_detector import ArtifactDetectorConfig, detector_input_size
+from .configuration_artifact_detector import SIZE_MULTIPLE, ArtifactDetectorConfig, detector_input_size
 
 
 RANGE_TOLERANCE = 1e-3
@@ -34,7 +36,7 @@ tags:
 
 Gives every pixel of a generated image the confidence, from 0 to 1, that it belongs to an artifact: a deformed hand, a
 sixth finger, a melted face. Made with `diffusers-diffdoctor`, after the first stage of
-[DiffDoctor](https://arxiv.org/abs/2501.12382). SegFormer, {parameters:.1f} M parameters; it looks at images with their
+[DiffDoctor](https://arxiv.org/abs/2501.12382). {architecture}, {parameters:.1f} M parameters; it looks at images with their
 short side resized to {image_size} pixels.
 
 ```python
@@ -123,6 +125,9 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
     else calls: images in [0, 1] in, confidences at their size out. Call `eval()` first; the decode head holds a batch
     norm. Gradients reach the images in both.
 
+    With `config.backbone_config` the encoder is that of transformers' `AutoBackbone`, and the logits have the size of its largest
+    map, usually a quarter of the image's side too. All else is the same.
+
     Weights that were saved by earlier versions of transformers, whose SegFormer had other key names, are converted on
     loading.
 
@@ -142,7 +147,15 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
                 f"An artifact detector has one output channel, this configuration has {config.num_labels} labels. "
                 "Load a two-class segmentation model with its own class, or train a detector with `num_labels=1`."
             )
-        super().__init__(config)
+        if config.backbone_config is None:
+            super().__init__(config)
+        else:
+            SegformerPreTrainedModel.__init__(self, config)  # without SegFormer's own encoder
+            self.backbone = AutoBackbone.from_config(config.backbone_config)
+            head = copy.copy(config)
+            head.hidden_sizes, head.num_encoder_blocks = self.backbone.channels, len(self.backbone.channels)
+            self.decode_head = SegformerDecodeHead(head)
+            self.post_init()
         self._unchecked_calls = 0
 
     @can_return_tuple
@@ -163,13 +176,31 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
         """
         if labels is not None:
             check_labels(pixel_values, labels)
-        outputs = super().forward(pixel_values, return_dict=True, **kwargs)
+        if self.config.backbone_config is None:
+            outputs = super().forward(pixel_values, return_dict=True, **kwargs)
+        else:
+            outputs = SemanticSegmenterOutput(logits=self.decode_head(self._feature_maps(pixel_values)))
         if labels is not None:
             outputs = SemanticSegmenterOutput(
                 loss=squared_error(self._upsample(outputs.logits, labels.shape[-2:]), labels).mean(),
                 **outputs,
             )
         return outputs
+
+    def _feature_maps(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Of the backbone, the largest first: (B, C, h/s, w/s) with reductions s that divide 32."""
+        maps = self.backbone(pixel_values).feature_maps
+        for one in maps:
+            if any(
+                side % part or SIZE_MULTIPLE % (side // part)
+                for side, part in zip(pixel_values.shape[-2:], one.shape[-2:])
+            ):
+                raise ValueError(
+                    f"The backbone {self.config.backbone_config.model_type!r} makes a map of {one.shape[-2]} x {one.shape[-1]} of an "
+                    f"input of {pixel_values.shape[-2]} x {pixel_values.shape[-1]}, so that its pixels have no place in the image. Use "
+                    f"one that reduces each side by a factor of {SIZE_MULTIPLE}."
+                )
+        return maps
 
     def confidence(self, images: torch.Tensor) -> torch.Tensor:
         """Confidence of every pixel that it is an artifact. Differentiable with respect to `images`.
@@ -263,10 +294,12 @@ class ArtifactDetectorForSemanticSegmentation(SegformerForSemanticSegmentation):
         """
         # a folder's name may hold anything: here it is a literal of Python on one line, in ASCII where it is not valid Unicode
         literal = json.dumps(name, ensure_ascii=not name.isprintable())
+        backbone = self.config.backbone_config
         text = MODEL_CARD.format(
             name=literal,
             parameters=self.num_parameters() / 1e6,
             image_size=self.config.image_size,
+            architecture="SegFormer" if backbone is None else f"SegFormer's decode head on {backbone.model_type}",
             metadata=metadata,
             sections=sections,
         )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from accelerate.utils import DistributedType, broadcast, gather_object
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
 from ..disk import disk_errors_tolerated
@@ -31,6 +31,7 @@ from ..names import file_name
 from ..training import RunArguments, RunTrainer
 from ..training.record import missing_entries_named, plain, read_record
 from . import ArtifactDetectorImageProcessor
+from .architectures import load_detector
 from .augmentation import PRESETS, Augmentation
 from .averaging import moving_average
 from .collator import GROUPS, IMAGE, LABELS, MAP, PIXELS, SIZES, ArtifactDetectorCollator
@@ -261,7 +262,8 @@ class ArtifactDetectorTrainer(RunTrainer):
     ```
 
     Args:
-        model: a detector, or the id or folder of one.
+        model: a detector, or the id or folder of one, or of a pretrained encoder that gets a new decode head, see
+            [`~detector.architectures.load_detector`].
         args: [`ArtifactDetectorTrainingArguments`].
         train_dataset: a `datasets.Dataset`, or a torch dataset of dictionaries, with the columns that
             [`ArtifactDetectorCollator`] reads; or a dictionary of them, whose names are the sources of `source_weights`.
@@ -300,8 +302,8 @@ class ArtifactDetectorTrainer(RunTrainer):
         if not isinstance(args, ArtifactDetectorTrainingArguments):
             raise TypeError(f"`args` must be ArtifactDetectorTrainingArguments, found {type(args).__name__}.")
         if isinstance(model, (str, os.PathLike)):
-            with errors_named(model, f"`model` {str(model)!r}"):
-                model = ArtifactDetectorForSemanticSegmentation.from_pretrained(model, dtype=torch.float32)
+            set_seed(args.seed)  # of a new head's random weights
+            model = load_detector(model)
         if not isinstance(model, ArtifactDetectorForSemanticSegmentation):
             raise TypeError(f"`model` must be an artifact detector, or the id or folder of one, found {model!r:.100}.")
         for argument, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
@@ -373,7 +375,7 @@ class ArtifactDetectorTrainer(RunTrainer):
         config = self.accelerator.unwrap_model(self.model).config.to_dict()
         rows = len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
         return {
-            "config": {key: config[key] for key in config if key not in NOT_COMPARED},
+            "config": _compared(config),
             "rows": rows,
             "data": self._data,
             "started_from": self.evaluated_model.config.name_or_path or None,
@@ -614,6 +616,15 @@ class ArtifactDetectorTrainer(RunTrainer):
 
 def _upsample(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+
+
+def _compared(config: dict[str, Any]) -> dict[str, Any]:
+    """What a configuration, and those within it, say of the architecture."""
+    return {
+        key: _compared(value) if isinstance(value, dict) else value
+        for key, value in config.items()
+        if key not in NOT_COMPARED
+    }
 
 
 @dataclass
