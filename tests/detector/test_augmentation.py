@@ -212,7 +212,8 @@ def test_resampling_is_pillows():
 
 def test_pictures_keep_every_level():
     levels = torch.arange(256.0).view(1, 16, 16).expand(3, -1, -1) / 255
-    assert torch.equal(from_picture(to_picture(levels)), levels)
+    for off in (-0.4, 0.0, 0.4):
+        assert torch.equal(from_picture(to_picture((levels + off / 255).clamp(0, 1))), levels)
 
 
 @pytest.mark.parametrize("name", ["light", "strong"])
@@ -278,26 +279,56 @@ def test_a_reduced_artifact_stays_certain():
         assert moved(picture(64, 64), artifact_map, scale=0.4, shift=shift)[1].max() == 1
 
 
+def test_scales_are_drawn_evenly_in_their_logarithm():
+    """Measured by the slope of a ramp, at places that show all of it."""
+    ramp, slopes = torch.linspace(0.2, 0.8, 64).expand(3, 64, 64), []
+    augment, generator = Augmentation(move_probability=1.0, scale=(0.5, 2.0), rotation=0.0), seeded(0)
+    for _ in range(300):
+        image, artifact_map = augment(ramp, torch.zeros(1, 64, 64), generator)
+        inside = image[0][artifact_map[0] == 0].reshape(-1, (artifact_map[0] == 0).any(0).sum())
+        steps = inside[len(inside) // 2].diff()
+        slopes.append(steps[5:-5].mean().item() / (0.6 / 63))
+    logs = -np.log2(slopes)  # of the scale
+    assert -1.01 < logs.min() < -0.95 and 0.95 < logs.max() < 1.01
+    assert np.abs(np.histogram(logs, bins=4, range=(-1.01, 1.01))[0] - 75).max() < 30
+
+
+def test_padding_is_reflected_in_half_of_the_cases():
+    augment, generator = Augmentation(shrink_probability=1.0, shrink=(0.5, 0.5)), seeded(0)
+    flat = []
+    for _ in range(100):
+        image, artifact_map = augment(picture(64, 64), torch.zeros(1, 64, 64), generator)
+        outside = image[0][artifact_map[0] == -1]
+        flat.append((outside.sub(outside.median()).abs() < 1e-3).float().mean().item() > 0.8)
+    assert 30 < sum(flat) < 70
+
+
+def test_both_ends_of_a_range_of_qualities_are_drawn():
+    augment, generator = Augmentation(jpeg_probability=1.0, quality=(40, 41)), seeded(0)
+    found = {augment(picture(), square_map(), generator)[0].numpy().tobytes() for _ in range(20)}
+    assert len(found) == 2
+
+
 def test_dynamic_augmentation_reduces_images_that_are_sound():
     """To a size in its range, whole, at any place, whatever the strength of the label beneath the threshold."""
-    augment = Augmentation(shrink_probability=1.0, shrink_below=0.3, shrink=(0.25, 0.7))
-    image, generator = picture(64, 64), seeded(0)
-    sound, broken = torch.full((1, 64, 64), 0.29), torch.full((1, 64, 64), 0.29)
-    broken[0, 5, 5] = 0.3
+    augment = Augmentation(shrink_probability=1.0, shrink_below=0.25, shrink=(0.25, 0.7))
+    image, generator = picture(64, 128), seeded(0)
+    sound, broken = torch.full((1, 64, 128), 0.24), torch.full((1, 64, 128), 0.24)
+    broken[0, 5, 5] = 0.25
     sides, places = [], []
     for _ in range(100):
         new_map = augment(image, sound, generator)[1]
         rows, columns = (new_map[0] >= 0).any(1).nonzero(), (new_map[0] >= 0).any(0).nonzero()
         height, width = len(rows), len(columns)
-        assert (new_map == sound.max()).sum() == height * width and abs(height - width) <= 1
+        assert (new_map == sound.max()).sum() == height * width and abs(2 * height - width) <= 2
         sides.append(height)
-        places.append((rows[0].item() / (64 - height), columns[0].item() / (64 - width)))
+        places.append((rows[0].item() / (64 - height), columns[0].item() / (128 - width)))
         assert torch.equal(augment(image, broken, generator)[0], image)
     assert min(sides) < 22 and max(sides) > 39 and 15 <= min(sides) and max(sides) <= 46
     assert (np.histogram(np.array(places).ravel(), bins=4, range=(0, 1.1))[0] > 25).all()
     others = Augmentation(shrink_others_probability=1.0)
     assert (others(image, broken, generator)[1] == -1).any()
-    assert torch.equal(others(image, torch.zeros(1, 64, 64), generator)[0], image)
+    assert torch.equal(others(image, torch.zeros(1, 64, 128), generator)[0], image)
 
 
 def test_presets_and_fields_go_through_json():

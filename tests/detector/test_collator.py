@@ -116,6 +116,15 @@ def test_crops_are_parts_of_the_image_at_its_own_scale():
     assert len(places) > 20 and min(ys) < 20 < 65 < max(ys) and min(xs) < 9 < 27 < max(xs)
 
 
+def test_crops_reach_every_edge():
+    levels = torch.from_numpy(np.array(noise(65, 65))).permute(2, 0, 1)
+    rows, seen = drawn([{"image": noise(65, 65), "artifact_map": Image.new("L", (65, 65))}] * 40), set()
+    for pixels in ArtifactDetectorCollator(CONFIG, crop_probability=1.0)(rows)["pixel_values"]:
+        corner = (shown(pixels)[:, 0, 0] * 255).round()
+        seen |= {(y, x) for y in (0, 1) for x in (0, 1) if torch.equal(levels[:, y, x].float(), corner)}
+    assert len(seen) == 4
+
+
 @pytest.mark.parametrize("size", [(64, 64), (64, 200), (40, 100)])
 def test_what_is_not_larger_is_not_cut(size):
     row = {"image": noise(*size), "artifact_map": Image.new("L", size, 255)}

@@ -27,6 +27,7 @@ KERNELS = (
     Image.Resampling.BICUBIC,
     Image.Resampling.LANCZOS,
 )
+MIPMAP = 2 / 3  # factor above which bilinear resampling still sees nearly all of every pixel
 # what fields may be, or their ranges may span; those that are not named, 0 to 1
 BOUNDS = {
     "scale": (0.05, 20),
@@ -199,9 +200,9 @@ def moved(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Image and map mirrored, then turned and scaled around the centre, then shifted, on a canvas of their own size.
 
-    The image is resampled once, bilinearly, after an antialiased reduction where it becomes smaller. A pixel of the map takes the
-    value under its centre, so that certain pixels stay certain, and those that do not count mix with none; where the map becomes
-    smaller, that is the highest value of all that a pixel covers.
+    The image is resampled once, bilinearly; where it becomes smaller than `MIPMAP`, after an antialiased reduction. A pixel of the map
+    takes the value under its centre, so that certain pixels stay certain, and those that do not count mix with none; after such a
+    reduction that is the highest value of all that it covers.
 
     Args:
         image, artifact_map: (3, H, W) and (1, H, W).
@@ -212,7 +213,7 @@ def moved(
         reflect: what comes from outside is the image's reflection; else its mean colour. In the map it is -1.
     """
     height, width = image.shape[-2:]
-    if scale < 1:
+    if scale < MIPMAP:
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
         artifact_map = F.adaptive_max_pool2d(artifact_map, size)
@@ -311,7 +312,7 @@ PRESETS = {
         flip_probability=0.5,
         move_probability=0.7,
         color_probability=0.7,
-        blur_probability=0.15,
+        blur_probability=0.1,
         noise_probability=0.2,
         resample_probability=0.2,
         jpeg_probability=0.4,

@@ -107,7 +107,8 @@ class ArtifactDetectorCollator:
             top, left = (int(number * (side - size + 1)) for number, side in zip(place, image.shape[-2:]))
             image, artifact_map = (one[:, top : top + size, left : left + size] for one in (image, artifact_map))
         image = resize_images(image[None], size)[0]
-        artifact_map = F.adaptive_max_pool2d(artifact_map, image.shape[-2:])
+        if artifact_map.shape[-2:] != image.shape[-2:]:
+            artifact_map = F.adaptive_max_pool2d(artifact_map, image.shape[-2:])
         image, artifact_map = self.augmentation(image, artifact_map, generator)
         return normalise_images(image[None], self.config, size)[0], artifact_map
 
@@ -139,6 +140,7 @@ def _read(row: dict[str, Any], map_maximum: int | None = None) -> tuple[torch.Te
 
 def _padded(images: Sequence[torch.Tensor], value: float) -> torch.Tensor:
     height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
-    return torch.stack(
-        [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]), value=value) for image in images]
-    )
+    batch = images[0].new_full((len(images), len(images[0]), height, width), value)
+    for place, image in zip(batch, images):
+        place[:, : image.shape[-2], : image.shape[-1]] = image
+    return batch
