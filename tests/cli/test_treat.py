@@ -12,7 +12,8 @@ from fixtures.trainer import tiny_detector
 from diffdoctor import main
 from diffusers_diffdoctor import PixelRewardConfig, miniature
 from diffusers_diffdoctor.cli import treat
-from diffusers_diffdoctor.cli.treat import ScriptArguments, find_recipe, parse, read_inputs, read_prompts
+from diffusers_diffdoctor.cli.training import Parser
+from diffusers_diffdoctor.cli.treat import ScriptArguments, parse, read_inputs, read_prompts
 from diffusers_diffdoctor.miniature.renderer import CATEGORIES, PLAIN_CATEGORIES, PRONE_CATEGORIES
 
 
@@ -25,7 +26,8 @@ def test_help_groups_paper_release_and_ours(capsys):
     assert end.value.code == 0
     _, *sections = re.split(r"^(\S.*):$", capsys.readouterr().out, flags=re.M)
     flags = {title: set(re.findall(r"^  --(\w+)", text, re.M)) for title, text in zip(sections[::2], sections[1::2])}
-    run, paper, release, ours, theirs = [flags[title] for title in treat.Parser.GROUPS.values()]
+    titles = Parser.GROUPS | {"run": "what to treat, and the report"}
+    run, paper, release, ours, theirs = [flags[title] for title in titles.values()]
     assert {"pipeline", "detector", "judge", "prompts", "report_images"} <= run
     assert paper == {
         "learning_rate",
@@ -94,7 +96,7 @@ def test_recipes_have_the_papers_values(name, pipeline, steps, window, tmp_path)
 
 @pytest.mark.parametrize("name", treat.recipes())
 def test_recipes_say_where_each_value_comes_from(name):
-    text = find_recipe(name).read_text()
+    text = treat.recipes()[name].read_text()
     marked = {"paper", "release", "ours", "release's"}
     told = [line for line in text.splitlines() if re.match(r"\w+:", line) and name != "miniature"]
     whole = {"pipeline", "eval_strategy", "eval_steps", "eval_num_images", "logging_steps", "save_strategy"}

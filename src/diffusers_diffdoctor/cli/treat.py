@@ -11,10 +11,7 @@ Eight GPUs:
     accelerate launch --config_file examples/accelerate/multi_gpu.yaml -m diffdoctor treat --config sdxl ...
 """
 
-import argparse
-import dataclasses
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,15 +21,10 @@ from pathlib import Path
 import torch
 import yaml
 from datasets import Dataset
-from transformers import TrainingArguments
-from trl import TrlParser
-
-from diffdoctor import suggestion
 
 from .. import miniature
 from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
 from ..files import FolderInUse
-from ..training.checkpoints import check_whole, last_checkpoint
 from ..treatment import PixelRewardConfig, PixelRewardTrainer
 from ..treatment.adapter import loading_lines
 from ..treatment.config import DTYPES
@@ -42,6 +34,7 @@ from ..treatment.samples import check_column
 from ..treatment.samples import read_prompts as prompts_of
 from .diagnose import NO_DEFAULT, find_detector, open_detector
 from .reach import check_reachable
+from .training import Parser, recipes_in, resume_point
 
 
 RECIPES = Path(__file__).parents[1] / "treatment/recipes"
@@ -113,112 +106,26 @@ class ScriptArguments:
 # --- arguments ---------------------------------------------------------------------------------------------------------------
 
 
-class Parser(TrlParser):
-    """Flags of the two dataclasses, grouped by where their defaults come from; refuses what it does not know."""
-
-    GROUPS = {
-        "run": "what to treat, and the report",
-        "paper": "settings of the paper (arXiv 2501.12382)",
-        "release": "settings of the authors' release",
-        "ours": "settings of ours, which the paper leaves open",
-        "transformers": "settings of transformers.TrainingArguments",
-    }
-
-    def __init__(self, prog: str | None = None):
-        self._groups: dict[str, argparse._ArgumentGroup] = {}
-        super().__init__(
-            (ScriptArguments, PixelRewardConfig),
-            prog=prog,
-            usage="%(prog)s --output_dir DIR [--config RECIPE] [--ARGUMENT VALUE ...]",
-            description="Train a LoRA against an artifact detector, then judge the same seeds before and after it. Flags "
-            "win over the recipe, which wins over the defaults.",
-            allow_abbrev=False,
-        )
-        # `TrlParser` takes it out of the arguments before it parses; here it is for `--help`
-        self.add_argument(
-            "--config", metavar="RECIPE", help=f"YAML file of arguments, or one of {', '.join(recipes())}"
-        )
-
-    def _parse_dataclass_field(self, parser: argparse.ArgumentParser, field: dataclasses.Field) -> None:
-        for name, title in self.GROUPS.items():  # in this order, whatever the order of the fields
-            if name not in self._groups:
-                self._groups[name] = self.add_argument_group(title)
-        super()._parse_dataclass_field(self._groups[source_of(field)], field)
-
-    def parse(self, argv: list[str]) -> tuple[ScriptArguments, PixelRewardConfig]:
-        script, args, _, unknown = self.parse_args_and_config(argv, return_remaining_strings=True)
-        if unknown:
-            self.error(suggestion(unknown, [option for action in self._actions for option in action.option_strings]))
-        return script, args
-
-
-def source_of(field: dataclasses.Field) -> str:
-    """The group of an argument, by what its help says of the default."""
-    if field.name in ScriptArguments.__annotations__:
-        return "run"
-    if field.name in TrainingArguments.__dataclass_fields__ and field.name not in PixelRewardConfig.__annotations__:
-        return "transformers"
-    named = re.search(r"\b(paper|release)\b", field.metadata.get("help", ""))
-    return named.group(1) if named else "ours"
-
-
 def recipes() -> dict[str, Path]:
     """The recipes that come with the package, by name."""
-    found = {path.stem: path for path in sorted(RECIPES.glob("*.yaml"))}
-    return found | {"miniature": Path(miniature.__file__).with_name("recipe.yaml")}
-
-
-def find_recipe(name: str) -> Path:
-    """The file of that name, or the recipe of the package.
-
-    Raises:
-        FileNotFoundError: there is neither.
-    """
-    if Path(name).is_file():
-        return Path(name)
-    if name not in recipes():
-        raise FileNotFoundError(
-            f"`--config {name}` is neither a file nor a recipe of the package: {', '.join(recipes())}."
-        )
-    return recipes()[name]
-
-
-def check_recipe(path: Path) -> Path:
-    """Refuse a file that is no recipe; an alias, of which a few lines can unfold to gigabytes, is none of YAML's uses here.
-
-    Raises:
-        ValueError: it is not YAML, holds something else than arguments, or has an alias. The file is named.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-        aliases = [event.anchor for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)]
-        content = None if aliases else yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"`--config {path}` is no recipe: {' '.join(str(error).split())[:300]}") from error
-    if aliases:
-        raise ValueError(f"`--config {path}` has the alias *{aliases[0]}: write the value out.")
-    if not isinstance(content, dict):
-        raise ValueError(f"`--config {path}` holds a {type(content).__name__}, but must hold `argument: value` lines.")
-    return path
+    return recipes_in(RECIPES) | {"miniature": Path(miniature.__file__).with_name("recipe.yaml")}
 
 
 def parse(
     argv: Sequence[str], pipeline: str | None = None, recipe: str | None = None, prog: str | None = None
 ) -> tuple[ScriptArguments, PixelRewardConfig]:
     """Flags win over the recipe, given as `--config` or by default `recipe`, which wins over the defaults."""
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    parser = Parser(prog)
+    parser = Parser(
+        ScriptArguments,
+        PixelRewardConfig,
+        recipes(),
+        description="Train a LoRA against an artifact detector, then judge the same seeds before and after it.",
+        own_title="what to treat, and the report",
+        prog=prog,
+    )
     if pipeline is not None:
         parser.set_defaults(pipeline=pipeline)
-    if "--config" not in argv:
-        recipe = "miniature" if wants_miniature(argv) else recipe
-        argv += ["--config", recipe] if recipe is not None else []
-    if "--config" in argv:
-        position = argv.index("--config") + 1
-        if position == len(argv):
-            parser.error("--config needs a file or the name of a recipe")
-        argv[position] = str(check_recipe(find_recipe(argv[position])))
-    return parser.parse(argv)
+    return parser.parse(argv, "miniature" if wants_miniature(argv) else recipe)
 
 
 def wants_miniature(argv: Sequence[str]) -> bool:
@@ -285,31 +192,6 @@ def read_inputs(script: ScriptArguments, say: Callable[[str], None] = print) -> 
     if "judge" in detectors:
         inputs.judge, inputs.judge_error_rates = open_detector(detectors["judge"], "cpu", "--judge"), None
     return inputs
-
-
-def resume_point(args: PixelRewardConfig) -> str | bool | None:
-    """What `--resume_from_checkpoint` asks `train` for: a folder, True for the last whole checkpoint, "auto" for that if there
-    is one.
-
-    Raises:
-        ValueError: it cannot be continued, or a new run would write into the folder of another.
-    """
-    given = args.resume_from_checkpoint
-    if given is None:
-        PixelRewardTrainer.check_output_dir(args)
-    elif str(given).lower() == "auto":
-        return "auto"
-    elif str(given).lower() == "true":
-        last_checkpoint(args.output_dir)
-        return True
-    elif not Path(given).is_dir():
-        raise ValueError(
-            f"`--resume_from_checkpoint {given}` is no folder here: name a checkpoint, such as {args.output_dir}/checkpoint-100, "
-            "or say `true` for the last whole one of the output folder, or `auto` for that if there is one."
-        )
-    else:
-        check_whole(given)
-    return given
 
 
 def check_data_is_there(name: str, argument: str) -> None:
@@ -421,7 +303,7 @@ def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = N
     """
     try:
         script, args = parse(argv, pipeline, recipe, prog or "diffdoctor treat")
-        resume = resume_point(args)
+        resume = resume_point(args, PixelRewardTrainer)
         inputs = read_inputs(script, say=print if args.process_index == 0 else lambda text: None)
         trainer = PixelRewardTrainer(
             pipeline=inputs.pipeline,
