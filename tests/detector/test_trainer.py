@@ -451,6 +451,11 @@ def test_bad_input_is_named(model, tmp_path):
         ArtifactDetectorTrainer(model=model, args=args, train_dataset=Dataset.from_dict({"image": [1], "mask": [1]}))
     with pytest.raises(ValueError, match="eval_dataset\\['photos'\\]` is empty"):
         ArtifactDetectorTrainer(model=model, args=args, eval_dataset={"photos": Dataset.from_dict({"image": []})})
+    half = as_dataset([row | {"artifact_map": None} if i else row for i, row in enumerate(red_squares(3))])
+    with pytest.raises(
+        ValueError, match=r"`train_dataset` has 2 rows of 3 without an `artifact_map`, .*diffdoctor data label"
+    ):
+        ArtifactDetectorTrainer(model="not/loaded", args=args, train_dataset=half)
     with pytest.raises(TypeError, match="must be an artifact detector"):
         ArtifactDetectorTrainer(model=torch.nn.Linear(1, 1), args=args)
     collate = ArtifactDetectorCollator(model.config)

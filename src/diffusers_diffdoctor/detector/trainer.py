@@ -4,13 +4,12 @@
 Left out on purpose: the data loop of the paper. It makes datasets, and this trains on one.
 """
 
-import json
 import math
 import os
 import time
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +24,20 @@ from transformers.utils import logging
 
 from ..disk import disk_errors_tolerated
 from ..evaluation.detector_figures import DetectorFigures, count_images, headline
-from ..images import read_artifact_map
 from ..loading import errors_named
 from ..names import file_name
-from ..training import RunArguments, RunTrainer
+from ..training import RunTrainer
 from ..training.record import missing_entries_named, plain, read_record
 from . import ArtifactDetectorImageProcessor
 from .architectures import load_detector
-from .augmentation import PRESETS, Augmentation
 from .averaging import moving_average
-from .collator import GROUPS, IMAGE, LABELS, MAP, PIXELS, SIZES, ArtifactDetectorCollator
-from .configuration_artifact_detector import SIZE_MULTIPLE
+from .collator import GROUPS, LABELS, PIXELS, SIZES, ArtifactDetectorCollator
 from .losses import LOSSES
 from .model_card import data_facts, write_card
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation, check_labels, squared_error
 from .sampling import DrawnRows, EpochSampler, GroupSampler, groups_of
+from .training_arguments import ArtifactDetectorTrainingArguments
+from .training_data import HighestOfMap, check_data
 from .worst_cases import WorstCases, remove_pictures, write_picture
 
 
@@ -48,204 +46,6 @@ logger = logging.get_logger(__name__)
 
 # of a configuration: they differ with the library and the folder
 NOT_COMPARED = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"}
-
-
-@dataclass
-class ArtifactDetectorTrainingArguments(RunArguments):
-    r"""
-    What [`~transformers.TrainingArguments`] and [`~diffusers_diffdoctor.training.RunArguments`] have, and:
-
-    Args:
-        learning_rate (`float`, *optional*, defaults to 6e-5): SegFormer's own; the paper names none.
-        loss (`str`, *optional*, defaults to `"mse"`): `"mse"`, the paper's squared error of the confidence, or `"bce_dice"`,
-            cross-entropy with Dice, which is ours: squared error has no gradient left where a network that starts from
-            random weights has settled on "nothing anywhere". See `losses`.
-        source_weights (`dict[str, float]` or `str`, *optional*): for each source of training data a number of at least 0, in
-            whose proportions images are drawn, or JSON of that: `{"human": 2, "photo": 1}`. Sources are the names of a dictionary
-            of datasets, or the values of the column `source`. An epoch has as many draws as there are rows; those of a source are
-            drawn in turn, see `sampling`. Without it every row is drawn once an epoch.
-        balance (`str`, *optional*): `"category"` or `"artifacts"`: draw the categories (column `category`, texts or lists of them),
-            or images with and without artifacts (whose map reaches `threshold`; every map is read before training), equally
-            often, within each source if there are `source_weights`.
-        ema_decay (`float`, *optional*): decay per update, in (0, 1), of an exponential moving average of the weights (update n
-            decays by no more than n / (9 + n), and the first one by 0). With it, evaluation uses the average, and the saved
-            weights are it; `trainer.model` keeps those that are trained.
-        augmentation (`str`, *optional*, defaults to `"none"`): a preset of [`~detector.augmentation.Augmentation`]: `"none"`,
-            `"light"` (mirrored, JPEG) or `"strong"` (scaled, turned, recoloured, blurred, noisy, resampled, JPEG and WebP too).
-        augmentation_kwargs (`dict` or `str`, *optional*): fields of the preset to change, as a dictionary or as JSON.
-        shrink_probability (`float`, *optional*, defaults to 0): probability in [0, 1] of the paper's dynamic augmentation: that
-            an image whose map stays below `shrink_below` is reduced and padded back to its size, so that small sound structures
-            appear in training.
-        shrink_below (`float`, *optional*, defaults to 0.1): confidence in (0, 1]. The paper names none; this is the one above
-            which its treatment punishes a pixel.
-        crop_probability (`float`, *optional*, defaults to 0): probability in [0, 1] that a training image larger than the
-            detector sees it is not made smaller, but cut to a square of that side, somewhere in it.
-        image_size_min, image_size_max (`int`, *optional*): range of the short side in pixels, multiples of 32, at which training
-            batches are seen, each at one drawn from it. Without them all are seen at the detector's `image_size`, as evaluation
-            always is.
-        map_maximum (`int`, *optional*): the value of 8-bit artifact maps that stands for 1.0: 255 (confidences) or 1 (class
-            indices). Without it 255, and a map whose highest value is 1 is refused, because it could be either.
-        threshold (`float`, *optional*, defaults to 0.5): confidence, and value of a map, in (0, 1] from which a pixel counts as an
-            artifact, and an image with such a pixel as having artifacts.
-        worst_cases (`int`, *optional*, defaults to 16): images of highest squared error that an evaluation draws, beside truth and
-            confidence, as one PNG in `worst_cases/` of the output folder, of which the newest 20 are kept; 0 for none. They
-            are not pushed.
-    """
-
-    _VALID_DICT_FIELDS = [*RunArguments._VALID_DICT_FIELDS, "augmentation_kwargs"]
-
-    learning_rate: float = field(default=6e-5, metadata={"help": "Initial learning rate; 6e-5 is SegFormer's own."})
-    # The collator reads columns that the model's forward does not name.
-    remove_unused_columns: bool | None = field(default=False, metadata={"help": "Must stay false."})
-    loss: str = field(
-        default="mse",
-        metadata={
-            "help": "Loss: mse (squared error, paper) or bce_dice (cross-entropy with Dice, ours), for networks that start from "
-            "random weights, whose squared error has no gradient left where they have settled on nothing anywhere."
-        },
-    )
-    source_weights: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": 'Proportions in which images of the sources are drawn, as JSON: \'{"human": 2, "photo": 1}\'; without it every '
-            "row once an epoch."
-        },
-    )
-    balance: str | None = field(
-        default=None,
-        metadata={
-            "help": "Draw equally often: category (the categories of the column `category`) or artifacts (images with and without)."
-        },
-    )
-    ema_decay: float | None = field(
-        default=None,
-        metadata={"help": "Decay of a moving average of the weights, used in evaluation and saved; none without it."},
-    )
-    augmentation: str = field(
-        default="none",
-        metadata={"help": "Augmentation of training images: none, light or strong.", "choices": list(PRESETS)},
-    )
-    augmentation_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Fields of the augmentation to change, as JSON, such as '{\"rotation\": 30}'."}
-    )
-    shrink_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability that an image whose map stays below shrink_below is reduced and padded back to its size: the "
-            "paper's dynamic augmentation."
-        },
-    )
-    shrink_below: float = field(
-        default=0.1, metadata={"help": "Highest confidence below which an image may be reduced, above 0 (ours)."}
-    )
-    crop_probability: float = field(
-        default=0.0,
-        metadata={
-            "help": "Probability that a training image larger than the detector sees it is cut to that size, not made smaller."
-        },
-    )
-    image_size_min: int | None = field(
-        default=None,
-        metadata={"help": "Smallest short side in pixels at which training batches are seen, a multiple of 32."},
-    )
-    image_size_max: int | None = field(
-        default=None,
-        metadata={"help": "Largest short side in pixels at which training batches are seen, a multiple of 32."},
-    )
-    map_maximum: int | None = field(
-        default=None,
-        metadata={
-            "help": "Value of 8-bit artifact maps that stands for 1.0: 255 or 1. By default 255, and a highest value of 1 is "
-            "refused."
-        },
-    )
-    threshold: float = field(
-        default=0.5, metadata={"help": "Confidence from which a pixel, and an image with it, counts as an artifact."}
-    )
-    worst_cases: int = field(
-        default=16, metadata={"help": "Images of highest error that each evaluation draws; 0 for none."}
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.data_seed is None:
-            self.data_seed = self.seed
-        if self.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"`train_sampling_strategy` must be 'random' or 'sequential', found {self.train_sampling_strategy!r}: images "
-                "have no length to group them by."
-            )
-        self.source_weights = _read_weights(self.source_weights)
-        if self.balance not in (None, "category", "artifacts"):
-            raise ValueError(f"`balance` must be category or artifacts, or left out, found {self.balance!r}.")
-        if self.train_sampling_strategy == "sequential" and not (self.source_weights is self.balance is None):
-            raise ValueError(
-                "`source_weights` and `balance` draw at random: `train_sampling_strategy` must be 'random'."
-            )
-        if self.loss not in LOSSES:
-            raise ValueError(f"`loss` must be one of {', '.join(LOSSES)}, found {self.loss!r}.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"`ema_decay` must be in (0, 1), or left out, found {self.ema_decay}.")
-        if not 0 <= self.crop_probability <= 1:
-            raise ValueError(f"`crop_probability` must lie in [0, 1], found {self.crop_probability}.")
-        if not 0 < self.threshold <= 1:
-            raise ValueError(f"`threshold` must lie in (0, 1], found {self.threshold}.")
-        if self.worst_cases < 0:
-            raise ValueError(f"`worst_cases` must be at least 0, found {self.worst_cases}.")
-        self.build_augmentation()  # a ValueError if it cannot
-        if self.image_sizes is not None and not (
-            None not in self.image_sizes
-            and SIZE_MULTIPLE <= self.image_size_min <= self.image_size_max
-            and all(side % SIZE_MULTIPLE == 0 for side in self.image_sizes)
-        ):
-            raise ValueError(
-                f"`image_size_min` and `image_size_max` must be multiples of {SIZE_MULTIPLE} in order, or both be left out, found "
-                f"{self.image_size_min} and {self.image_size_max}."
-            )
-        if self.map_maximum not in (None, 1, 255):
-            raise ValueError(f"`map_maximum` must be 255, 1 or None, found {self.map_maximum}.")
-        if self.remove_unused_columns:
-            raise ValueError("`remove_unused_columns` must be false: the collator reads the columns of the dataset.")
-
-    @property
-    def image_sizes(self) -> tuple[int, int] | None:
-        """Range of the short side at which training batches are seen, or None."""
-        sizes = (self.image_size_min, self.image_size_max)
-        return None if sizes == (None, None) else sizes
-
-    def build_augmentation(self) -> Augmentation:
-        """What the arguments say about it.
-
-        Raises:
-            ValueError: an unknown preset or field, or a value out of its range.
-        """
-        changes = {} if self.augmentation_kwargs is None else self.augmentation_kwargs
-        if not isinstance(changes, dict):
-            raise ValueError(
-                f"`augmentation_kwargs` must be a dictionary, or one as JSON in braces, found {changes!r:.100}."
-            )
-        shrink = {"shrink_probability": self.shrink_probability, "shrink_below": self.shrink_below}
-        return Augmentation.preset(self.augmentation, **shrink | changes)
-
-
-def _read_weights(given: dict[str, float] | str | None) -> dict[str, float] | None:
-    """`source_weights` as a dictionary."""
-    weights = given
-    if isinstance(given, str):
-        try:
-            weights = json.loads(given)
-        except ValueError:
-            weights = given
-    if weights is None:
-        return None
-    numbers = list(weights.values()) if isinstance(weights, dict) else [None]
-    if not all(isinstance(number, (int, float)) and math.isfinite(number) and number >= 0 for number in numbers):
-        raise ValueError(
-            f'`source_weights` must give each source a number of at least 0, such as {{"human": 2, "photo": 1}}, found {given!r}.'
-        )
-    if not sum(numbers) > 0:
-        raise ValueError(f"`source_weights` must have a weight above 0, found {given!r}.")
-    return weights
 
 
 class ArtifactDetectorTrainer(RunTrainer):
@@ -280,7 +80,7 @@ class ArtifactDetectorTrainer(RunTrainer):
     prefix of the last evaluation with each. Its worst cases are drawn into `worst_cases/` of the output folder.
 
     Raises:
-        ValueError: a dataset is empty or lacks a column.
+        ValueError: a dataset or an argument does not fit, see [`~detector.training_data.check_data`].
     """
 
     _tag_names = ["diffusers-diffdoctor", "artifact-detection"]
@@ -301,25 +101,14 @@ class ArtifactDetectorTrainer(RunTrainer):
         args = ArtifactDetectorTrainingArguments() if args is None else args
         if not isinstance(args, ArtifactDetectorTrainingArguments):
             raise TypeError(f"`args` must be ArtifactDetectorTrainingArguments, found {type(args).__name__}.")
+        self._row_sources, self._row_classes = check_data(args, train_dataset, eval_dataset)
         if isinstance(model, (str, os.PathLike)):
             set_seed(args.seed)  # of a new head's random weights
             model = load_detector(model)
         if not isinstance(model, ArtifactDetectorForSemanticSegmentation):
             raise TypeError(f"`model` must be an artifact detector, or the id or folder of one, found {model!r:.100}.")
-        for argument, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
-            for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
-                _check_dataset(f"{argument}[{name!r}]" if name else argument, dataset)
         self._data = data_facts(train_dataset)
-        self._row_sources = self._row_classes = None
-        if args.source_weights is not None:
-            self._row_sources = _sources_of_rows(train_dataset)
-            groups_of(self._row_sources, None, args.source_weights)  # what fits no source is refused now
-        if args.balance == "category":
-            listed = _column("category", train_dataset, "balance")
-            self._row_classes = [[names] if isinstance(names, str) else names or [] for names in listed]
         if isinstance(train_dataset, dict):
-            for dataset in train_dataset.values():
-                _rows(dataset, "A dictionary of sources")
             train_dataset = torch.utils.data.ConcatDataset(train_dataset.values())
         self.eval_collator = data_collator
         if data_collator is None:
@@ -429,7 +218,7 @@ class ArtifactDetectorTrainer(RunTrainer):
         rows, rank, world = self.train_dataset.rows, self.accelerator.process_index, self.accelerator.num_processes
         mine = range(rank, len(rows), world)
         maps = torch.utils.data.DataLoader(
-            _HighestOfMap(rows, self.args.map_maximum), 64, sampler=mine, num_workers=self.args.dataloader_num_workers
+            HighestOfMap(rows, self.args.map_maximum), 64, sampler=mine, num_workers=self.args.dataloader_num_workers
         )
         shown = tqdm(maps, desc="Reading maps", disable=rank > 0 or self.args.disable_tqdm)
         highest = torch.zeros(len(rows))
@@ -660,71 +449,3 @@ class _AtEpochsAndUpdates(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.average is not None:
             self.trainer.average.update_parameters(self.trainer.accelerator.unwrap_model(self.trainer.model))
-
-
-class _HighestOfMap(torch.utils.data.Dataset):
-    """Of each row the highest value of its map, in [0, 1]."""
-
-    def __init__(self, rows: Any, maximum: int | None):
-        self.rows, self.maximum = rows, maximum
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, number: int) -> float:
-        row = self.rows[number]
-        if LABELS in row:
-            return float(row[LABELS].max())
-        return read_artifact_map(row[MAP], self.maximum).getextrema()[1] / 255
-
-
-def _sources_of_rows(dataset: Any) -> list[str | None]:
-    """By the names of a dictionary of datasets, or the column of one."""
-    if not isinstance(dataset, dict):
-        return _column("source", dataset, "source_weights")
-    return [name for name, its_rows in dataset.items() for _ in range(_rows(its_rows, "`source_weights`"))]
-
-
-def _column(name: str, dataset: Any, argument: str) -> list[Any]:
-    """The column that an argument needs, of a dictionary of datasets one after the other."""
-    if isinstance(dataset, dict):
-        return [value for one in dataset.values() for value in _column(name, one, argument)]
-    count = _rows(dataset, f"`{argument}`")
-    columns = _columns(dataset)
-    if name not in columns:
-        raise ValueError(f"`{argument}` needs a column `{name}` in `train_dataset`, which has {sorted(columns)}.")
-    return list(dataset[name]) if hasattr(dataset, "column_names") else [dataset[i][name] for i in range(count)]
-
-
-def _rows(dataset: Any, argument: str) -> int:
-    if not hasattr(dataset, "__len__"):
-        raise ValueError(
-            f"{argument} needs a `train_dataset` whose rows can be asked for by their number, found {type(dataset).__name__}. "
-            "Load it without streaming, or mix it by yourself."
-        )
-    return len(dataset)
-
-
-def _columns(dataset: Any) -> set[str] | None:
-    """None for a stream that does not know them."""
-    columns = getattr(dataset, "column_names", None)  # of `datasets`
-    if columns is None and hasattr(dataset, "__len__"):
-        columns = dataset[0].keys() if isinstance(dataset[0], dict) else ()
-    return None if columns is None else set(columns)
-
-
-def _check_dataset(name: str, dataset: Any) -> None:
-    if dataset is None:
-        return
-    if hasattr(dataset, "__len__") and len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")
-    columns = _columns(dataset)
-    if columns is None:  # the collator looks at its rows
-        return
-    for wanted in ((PIXELS, LABELS), (IMAGE, MAP)):
-        if set(wanted) <= columns:
-            return
-    raise ValueError(
-        f"`{name}` has the columns {sorted(columns)}; needed are `{IMAGE}` and `{MAP}`, or `{PIXELS}` and `{LABELS}`. "
-        "Rename yours."
-    )
