@@ -13,6 +13,7 @@ from .label import Label
 from .merge import Merge, common_columns, shares_of
 from .mine import Score, mine
 from .photos import Photos
+from .rows import load_rows
 from .schema import FEATURES, SOURCES
 from .shards import find_or_load_shards, find_shards, group_files
 from .stage import Stage, run_stage
@@ -34,6 +35,7 @@ __all__ = [
     "find_or_load_shards",
     "find_shards",
     "group_files",
+    "load_rows",
     "mine",
     "push_dataset",
     "run_stage",
