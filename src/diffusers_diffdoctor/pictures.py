@@ -279,6 +279,38 @@ def forest_plot(
     return Path(path)
 
 
+def histograms(
+    panels: Sequence[tuple[str, Mapping[str, Sequence[float]], float]], path: str | os.PathLike, bins: int = 40
+) -> Path:
+    """Draw distributions of two kinds of images over each other, a panel for each number.
+
+    Args:
+        panels: what is counted, the values of each kind, and where to draw a line.
+        path: PNG file to write.
+        bins: of a panel.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no pyplot: the user's backend stays as it is
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.6 * len(panels), 2.9), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, (title, kinds, line) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+        together = [value for values in kinds.values() for value in values]
+        edges = np.linspace(min(together), max(max(together), min(together) + 1e-9), bins + 1)
+        for color, (kind, values) in zip(("#8a919c", "#c0392b"), kinds.items()):
+            weights = np.full(len(values), 1 / len(values))
+            axes.hist(values, edges, weights=weights, color=color, alpha=0.55, label=f"{kind} ({len(values)})")
+        axes.axvline(line, color="#1c2026", linewidth=1, linestyle=":")
+        axes.set_title(_title(title), fontsize=10, loc="left", color="#1c2026", parse_math=False)
+        axes.set_ylabel("share of images", fontsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8)
+        axes.legend(fontsize=8, frameon=False)
+    with written_atomically(path) as unfinished:
+        figure.savefig(unfinished, format="png")
+    return Path(path)
+
+
 def _title(name: str, longest: int = 40) -> str:
     """A name that people may have chosen, of a metric or a category, on one line of a panel."""
     name = " ".join(name.replace("_", " ").replace("\0", " ").split())

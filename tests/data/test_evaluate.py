@@ -214,9 +214,10 @@ def test_wrong_input_is_named(labelled, detector, tmp_path):
         evaluate_detector(stage, find_shards(tmp_path / "bare"), tmp_path / "out", show_progress=False)
     with pytest.raises(ValueError, match=r"`threshold` must be in \(0, 1\]"):
         Compare.by(detector, threshold=0)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"neither Parquet files nor a metadata\.jsonl"):
-        find_or_load_shards(tmp_path / "empty")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad/metadata.jsonl").write_text("no json")
+    with pytest.raises(ValueError, match="cannot be read as a folder of images"):
+        find_or_load_shards(tmp_path / "bad")
     with pytest.raises(ValueError, match=r"threshold 0\.5, here 0\.4"):
         evaluate_detector(stage, find_shards(labelled[0]), tmp_path / "two", show_progress=False)
         evaluate_detector(

@@ -15,6 +15,7 @@ STAGES = {
     "label": "a detector's own maps for images without a better label",
     "balance": "categories and generators in which a detector sees more artifacts, or fewer, than elsewhere",
     "mine": "the hard cases of a dataset, which people should label, apart from the simple ones",
+    "drift": "whether a new generator's images look like what a detector knows",
     "merge": "several datasets as one, in given proportions",
 }
 

@@ -7,6 +7,7 @@ what lies in the folder of a dataset.
 
 from .balance import balance, stand_out
 from .card import push_dataset
+from .drift import Describe, drift
 from .evaluate import Compare, evaluate_detector
 from .inject import Inject
 from .label import Label
@@ -23,6 +24,7 @@ __all__ = [
     "FEATURES",
     "SOURCES",
     "Compare",
+    "Describe",
     "Inject",
     "Label",
     "Merge",
@@ -31,6 +33,7 @@ __all__ = [
     "Stage",
     "balance",
     "common_columns",
+    "drift",
     "evaluate_detector",
     "find_or_load_shards",
     "find_shards",

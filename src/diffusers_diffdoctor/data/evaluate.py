@@ -3,8 +3,7 @@
 
 import json
 import os
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,7 +25,7 @@ from ..names import shortened
 from ..pictures import heatmap_overlay, image_grid
 from .by_detector import DetectorStage
 from .schema import Row, decode_image, decode_map
-from .shards import Quarantined, Shard
+from .shards import Quarantined, Shard, rows_at
 from .stage import DATA, LEFT_OUT, MARKERS, Result, row_name, run_stage
 
 
@@ -185,25 +184,8 @@ def _reduce(files: Sequence[Path], threshold: float, pictures: int) -> tuple[dic
 
 def _draw(stage: Compare, shards: Sequence[Shard], worst: Sequence[_Worst]) -> list[Picture]:
     """Image, truth and diagnosis beside each other."""
-    wanted = defaultdict(dict)
-    for image in worst:
-        wanted[image.shard][image.position] = image
-    drawn = {}
-    for number, images in wanted.items():
-        rows = (row for row in shards[number].read() if not isinstance(row, Quarantined))
-        for position, row in _chosen(rows, images):
-            drawn[images[position]] = _picture(stage, row, images[position].figure)
-    return [drawn[image] for image in worst]
-
-
-def _chosen(rows: Iterator[Row], positions: Mapping[int, Any]) -> Iterator[tuple[int, Row]]:
-    left = len(positions)
-    for position, row in enumerate(rows):
-        if position in positions:
-            yield position, row
-            left -= 1
-        if not left:
-            return
+    rows = rows_at(shards, [(image.shard, image.position) for image in worst])
+    return [_picture(stage, rows[image.shard, image.position], image.figure) for image in worst]
 
 
 def _picture(stage: Compare, row: Row, figure: float) -> Picture:

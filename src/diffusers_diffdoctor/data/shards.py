@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,13 +18,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, load_dataset
 
-from ..files import digest, read_regular_file, written_atomically
+from ..files import digest, find_images, read_regular_file, written_atomically
 from .schema import FEATURES, Row, conform
 
 
 PATTERN = "{split}-{number:05d}-of-{count:05d}.parquet"
 ROWS_AT_A_TIME = 100  # in memory, and in a row group of a file: what the Hub's viewer likes
 MEGABYTE = 10**6
+SHARD_MEGABYTES = 256
 DEFAULT_SPLIT = "train"
 
 
@@ -165,8 +167,7 @@ def find_shards(dataset: str | os.PathLike, split: str = DEFAULT_SPLIT, number: 
         files = [path]
     elif path.is_dir():
         _refuse_unfinished(path)
-        found = sorted(path.rglob("*.parquet"))
-        files = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        files = _parquet_files(path)
     else:
         files = _download(os.fspath(dataset), split)
     chosen = _of_split(files, split, os.fspath(dataset))
@@ -186,18 +187,25 @@ def find_shards(dataset: str | os.PathLike, split: str = DEFAULT_SPLIT, number: 
 
 
 def find_or_load_shards(
-    dataset: str | os.PathLike, split: str = DEFAULT_SPLIT, number: int = 0
-) -> list[ParquetShard] | list[LoadedShard]:
-    """As [`find_shards`], and also a folder of images as `datasets` reads it: `metadata.jsonl` (or .csv) with `file_name`,
-    `artifact_map_file_name` and the other columns of the schema, in the folder or in one for each split."""
+    dataset: str | os.PathLike,
+    split: str = DEFAULT_SPLIT,
+    number: int = 0,
+    excluded: Iterable[str | os.PathLike] = (),
+) -> list[Shard]:
+    """As [`find_shards`], and also folders without Parquet files: of images with a `metadata.jsonl` (or .csv), as `datasets` reads
+    them, with `file_name`, `artifact_map_file_name` and the other columns of the schema; or of image files alone, which are rows
+    without a label.
+
+    Args:
+        excluded: files and folders that are not searched for image files.
+    """
     path = Path(dataset)
-    if not path.is_dir() or any(path.rglob("*.parquet")):
+    if not path.is_dir() or _parquet_files(path):
         return find_shards(dataset, split, number)
     if not any(path.rglob("metadata.jsonl")) and not any(path.rglob("metadata.csv")):
-        raise ValueError(
-            f"{str(path)!r} has neither Parquet files nor a metadata.jsonl that says which image has which map "
-            "(`file_name`, `artifact_map_file_name`)."
-        )
+        top = path.absolute()
+        files = [(file, file.relative_to(top).as_posix()) for file in find_images([top], excluded).images]
+        return group_files(files, SHARD_MEGABYTES, number)
     try:
         rows = load_dataset("imagefolder", data_dir=str(path), split=split)
     except Exception as error:  # of a library whose errors have many types
@@ -208,6 +216,12 @@ def find_or_load_shards(
         if isinstance(feature, Image):
             rows = rows.cast_column(name, Image(decode=False))
     return [LoadedShard(rows, path, 0, number)]
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    """Those at any depth that lie in no hidden folder, in order."""
+    found = sorted(folder.rglob("*.parquet"))
+    return [file for file in found if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
 
 
 def _refuse_unfinished(folder: Path) -> None:
@@ -257,6 +271,20 @@ def _download(dataset: str, split: str) -> list[Path]:
     names = sorted(file.rfilename for file in info.siblings if file.rfilename.endswith(".parquet"))
     chosen = _of_split([Path(name) for name in names], split, dataset)
     return [Path(hf_hub_download(dataset, name.as_posix(), repo_type="dataset", revision=info.sha)) for name in chosen]
+
+
+def rows_at(shards: Sequence[Shard], places: Iterable[tuple[int, int]]) -> dict[tuple[int, int], Row]:
+    """Rows by (number of their shard, position among those of its rows that conform to the schema), each shard read once."""
+    wanted: dict[int, set[int]] = {}
+    for number, position in places:
+        wanted.setdefault(number, set()).add(position)
+    found = {}
+    for number, positions in wanted.items():
+        rows = (row for row in shards[number].read() if not isinstance(row, Quarantined))
+        for position, row in enumerate(islice(rows, max(positions) + 1)):
+            if position in positions:
+                found[number, position] = row
+    return found
 
 
 def split_name(text: str) -> tuple[str, str]:
