@@ -46,19 +46,19 @@ class Tensors(torch.utils.data.Dataset):
 
 
 def trained(
-    images: np.ndarray, maps: np.ndarray, steps: int, seed: int, flips: bool = False
+    images: np.ndarray, maps: np.ndarray, steps: int, seed: int, first_stride: int = 2, flips: bool = False
 ) -> ArtifactDetectorForSemanticSegmentation:
-    """The miniature's detector, but for its images' size, trained from random weights on images and maps of uint8."""
+    """A small SegFormer with logits of a `first_stride`-th of the side, trained from random weights on images and maps of uint8."""
     torch.manual_seed(seed)
     config = ArtifactDetectorConfig(
         image_size=images.shape[1],
-        strides=[2, 2, 2, 2],
+        strides=[first_stride, 2, 2, 2],
         patch_sizes=[7, 3, 3, 3],
-        depths=[1, 1, 1, 1],
-        hidden_sizes=[32, 64, 96, 128],
-        num_attention_heads=[1, 2, 3, 4],
+        depths=[1, 1, 2, 2],
+        hidden_sizes=[16, 32, 64, 128],
+        num_attention_heads=[1, 2, 4, 4],
         mlp_ratios=[4, 4, 4, 4],
-        decoder_hidden_size=64,
+        decoder_hidden_size=32,
         drop_path_rate=0.0,
         classifier_dropout_prob=0.0,
     )

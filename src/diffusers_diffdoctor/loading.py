@@ -14,6 +14,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 import torch
+from packaging.version import parse
 from safetensors import SafetensorError, safe_open
 
 from .files import digest
@@ -41,6 +42,13 @@ def errors_named(name: str | os.PathLike, called: str) -> Iterator[None]:
             pickled = ", ".join(path.relative_to(name).as_posix() for path in _files(Path(name), ".bin"))
             why = f"there is more in {pickled or 'its pickled weights'} than tensors and numbers, which could run code"
         raise ValueError(f"{called} cannot be loaded ({type(error).__name__}): {why}") from error
+
+
+def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """How `from_pretrained` of diffusers wants to be told the type of the weights: by another name since 0.42."""
+    from diffusers import __version__
+
+    return {"dtype" if parse(__version__) >= parse("0.42") else "torch_dtype": dtype}
 
 
 def check_model_files(folder: str | os.PathLike, called: str) -> None:

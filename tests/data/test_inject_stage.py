@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 from fixtures.broken_files import CONTENTS
+from fixtures.pipelines import tiny_flux, tiny_pixart, tiny_qwen, tiny_sdxl
 from fixtures.rows import photo_bytes, write_rows
 from PIL import Image
 
@@ -34,18 +35,18 @@ def scene_row(seed: int, **columns) -> dict:
 
 @pytest.fixture
 def sound(tmp_path):
-    """24 sound scenes in 3 shards."""
+    """12 sound scenes in 3 shards."""
     for part in range(3):
-        write_rows(tmp_path / f"sound/train-{part}.parquet", [scene_row(i) for i in range(8 * part, 8 * part + 8)])
+        write_rows(tmp_path / f"sound/train-{part}.parquet", [scene_row(i) for i in range(4 * part, 4 * part + 4)])
     return tmp_path / "sound"
 
 
 def test_a_share_of_the_rows_is_spoiled_and_says_where_and_how(sound, tmp_path):
-    counts = run_stage(Inject(seed=1), find_shards(sound), tmp_path / "out", show_progress=False)
-    assert counts["rows_in"] == counts["rows_out"]["train"] == 24
+    counts = run_stage(Inject(seed=0), find_shards(sound), tmp_path / "out", show_progress=False)
+    assert counts["rows_in"] == counts["rows_out"]["train"] == 12
     before, after = rows_of(sound), rows_of(tmp_path / "out")
     spoiled = [row for row in after if row["source"] == "injected"]
-    assert 8 <= len(spoiled) <= 20
+    assert 4 <= len(spoiled) <= 11
     for old, new in zip(before, after):
         assert (new["prompt"], new["image"]["path"]) == (old["prompt"], old["image"]["path"])
         image, artifact_map = decode_image(new), decode_map(new, (64, 64))
@@ -55,7 +56,7 @@ def test_a_share_of_the_rows_is_spoiled_and_says_where_and_how(sound, tmp_path):
         else:
             assert new["source"] == "rendered" and new["injected"] == []
             assert artifact_map.getextrema() == (0, 0)
-    read = datasets.load_dataset(str(tmp_path / "out"), split="train")
+    read = datasets.load_dataset(str(tmp_path / "out"), split="train", cache_dir=str(tmp_path / "cache"))
     assert sum(bool(kinds) for kinds in read["injected"]) == len(spoiled)
 
 
@@ -143,8 +144,40 @@ def test_the_command_injects_what_it_is_told(sound, tmp_path, capsys):
     out = str(tmp_path / "out")
     command = ["data", "inject", str(sound), "--output", out, "--share", "1", "--counts", "1", "--least-size", "0.2"]
     assert main([*command, "--kinds", "omit=3", "watermark"]) == 0
-    assert "24 in = 24 out + 0 quarantined" in capsys.readouterr().out
+    assert "12 in = 12 out + 0 quarantined" in capsys.readouterr().out
     kinds = [kind for row in rows_of(out) for kind in row["injected"]]
     assert set(kinds) == {"omit", "watermark"} and kinds.count("omit") > kinds.count("watermark")
     assert main([*command, "--kinds", "omit=much"]) != 0
     assert "`--kinds` takes NAME=WEIGHT" in capsys.readouterr().err
+
+
+# --- regions drawn anew by a pipeline --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("build", [tiny_flux, tiny_sdxl, tiny_qwen])
+def test_a_pipeline_draws_regions_anew(build, tmp_path):
+    build().save_pretrained(tmp_path / "pipeline")
+    write_rows(tmp_path / "in/train-0.parquet", [scene_row(i) for i in range(3)])
+    settings = {"pipeline": str(tmp_path / "pipeline"), "steps": 2, "size": 64, "least_size": 0.3, "share": 1.0}
+    stage = Inject(**settings, decoys=0.0, counts={"1": 1.0})
+    run_stage(stage, find_shards(tmp_path / "in"), tmp_path / "out", show_progress=False)
+    before, after = rows_of(tmp_path / "in"), rows_of(tmp_path / "out")
+    assert sum(row["injected"] == ["repaint"] for row in after) >= 2
+    for old, new in zip(before, after):
+        difference = np.abs(pixels(new["image"]).astype(int) - pixels(old["image"])).max(-1)
+        inside = np.asarray(decode_map(new, (64, 64))) > 0
+        assert difference[~inside].max() <= 18
+        assert (difference == 0).mean() > 0.3  # what lies outside of the region is not touched at all
+    run_stage(stage, find_shards(tmp_path / "in"), tmp_path / "again", show_progress=False)
+    assert rows_of(tmp_path / "again") == after
+
+
+def test_a_pipeline_that_cannot_inpaint_is_named(tmp_path):
+    tiny_pixart().save_pretrained(tmp_path / "pixart")
+    write_rows(tmp_path / "in/train-0.parquet", [scene_row(0)])
+    with pytest.raises(ValueError, match=r"`pipeline` '.*pixart' cannot be loaded"):
+        run_stage(Inject(pipeline=str(tmp_path / "pixart")), find_shards(tmp_path / "in"), tmp_path / "out")
+    with pytest.raises(ValueError, match="`kinds` must give some of duplicate"):
+        Inject(kinds={"repaint": 1})
+    with pytest.raises(ValueError, match="`strength` lie in"):
+        Inject(pipeline="x", strength=0.0)

@@ -15,8 +15,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kinds",
         nargs="+",
         metavar="KIND[=WEIGHT]",
-        help="kinds of artifacts, those without a weight with 1: duplicate, omit, misplace, distort, fuse, melt, watermark, seam "
-        "(default: all, mostly the first three)",
+        help="kinds of artifacts, those without a weight with 1: duplicate, omit, misplace, distort, fuse, melt, watermark, seam, "
+        "and repaint with a pipeline (default: all but repaint, mostly the first three; with a pipeline repaint)",
     )
     parser.add_argument(
         "--counts",
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--least-size",
         type=float,
-        default=0.06,
+        default=0.08,
         help="diameter of a region, as a share of the shorter side (default: %(default)s)",
     )
     parser.add_argument(
@@ -47,15 +47,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "nothing (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of chance (default: %(default)s)")
+    pipeline = parser.add_argument_group("regions drawn anew by a generator")
+    pipeline.add_argument(
+        "--pipeline",
+        metavar="ID",
+        help="Hub id or folder of a pipeline that diffusers' AutoPipelineForInpainting loads",
+    )
+    pipeline.add_argument(
+        "--prompts",
+        nargs="+",
+        default=[""],
+        metavar="TEXT",
+        help="one is chosen for each region; a wrong one, or none, makes mistakes (default: none)",
+    )
+    pipeline.add_argument("--steps", type=int, default=8, help="few make mistakes (default: %(default)s)")
+    pipeline.add_argument(
+        "--strength", type=float, default=0.9, help="share of the noise it starts from (default: %(default)s)"
+    )
+    pipeline.add_argument(
+        "--size", type=int, default=512, help="longer side in pixels at which it paints (default: %(default)s)"
+    )
+    pipeline.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "bfloat16", "float16"),
+        help="of the pipeline (default: %(default)s)",
+    )
+    pipeline.add_argument("--device", help="such as cpu, cuda, cuda:1, mps; by default the best there is")
     add_output(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..data import Inject
+    from .diagnose import best_device
 
     names = ("share", "boxes", "least_size", "most_size", "decoys", "seed")
+    names += ("pipeline", "steps", "strength", "size", "precision")
     settings = {name: getattr(args, name) for name in names}
     settings |= {name: _weights(args, name) for name in ("kinds", "counts") if getattr(args, name)}
+    if args.pipeline:
+        settings["device"] = args.device or best_device()
+    settings["prompts"] = tuple(args.prompts)
     return run_stage_of(args, Inject(**settings), shards_of(args.dataset))
 
 

@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 import numpy as np
 from datasets import List, Value
 
-from .injection import COUNTS, KINDS, WEIGHTS, inject
+from .injection import COUNTS, KINDS, WEIGHTS, inject, load_repainter, retouch
 from .schema import Row, decode_image, decode_map, encode_png, no_artifact, row_seed
 from .shards import Quarantined, Shard
 from .stage import Result, Stage, row_name
 
 
 LEAST_SIDE = 16  # pixels
+REPAINT = "repaint"
+PRECISIONS = ("float32", "bfloat16", "float16")
 MOST_INJECTIONS = 20  # in an image
 
 
@@ -28,37 +30,53 @@ class Inject(Stage):
 
     Args:
         share: of the rows that get artifacts, in [0, 1].
-        kinds: names of `KINDS` with their weights.
+        kinds: names of `KINDS`, and "repaint" with a `pipeline`, with their weights. Without any all of `KINDS`, mostly parts too many,
+            missing or in the wrong place; with a `pipeline` "repaint" alone.
         counts: how many injections an image gets, with their weights; of JSON, hence names of numbers.
         boxes: name of a column with boxes, [[x1, y1, x2, y2], ...] in pixels of the upright image, corners in any order: where to inject,
             hands or faces. Rows without any are injected where something stands out.
         least_size, most_size: diameters of the regions, in shares of the image's shorter side (of a box's longer side).
         decoys: chance in [0, 1] that some regions of an image, spoiled or not, are retouched with the same tools and stay sound.
         seed: with the image it decides all that is random about a row.
+        pipeline: Hub id or folder of a pipeline of a class of `AutoPipelineForInpainting`, which draws regions anew and retouches
+            decoys.
+        prompts, steps, strength, size: of the pipeline's calls, see [`Repainter`].
+        precision, device: of the pipeline.
     """
 
     share: float = 0.6
-    kinds: dict[str, float] = field(default_factory=lambda: dict(WEIGHTS))
+    kinds: dict[str, float] | None = None
     counts: dict[str, float] = field(default_factory=lambda: {str(n): share for n, share in COUNTS.items()})
     boxes: str | None = None
-    least_size: float = 0.06
+    least_size: float = 0.08
     most_size: float = 1 / 3
     decoys: float = 0.5
     seed: int = 0
+    pipeline: str | None = None
+    prompts: tuple[str, ...] = ("",)
+    steps: int = 8
+    strength: float = 0.9
+    size: int = 512
+    precision: str = "float32"
+    device: str = field(default="cpu", compare=False)
 
     name: ClassVar[str] = "inject"
     columns: ClassVar[dict[str, Any]] = {"injected": List(Value("string"))}
 
     def __post_init__(self):
-        unknown = sorted(set(self.kinds) - set(KINDS))
-        if unknown or not self.kinds or min(self.kinds.values()) < 0 or not sum(self.kinds.values()) > 0:
+        if self.kinds is None:
+            object.__setattr__(self, "kinds", dict(WEIGHTS) if self.pipeline is None else {REPAINT: 1.0})
+        known = [*KINDS, *([REPAINT] if self.pipeline is not None else [])]
+        if not set(self.kinds) <= set(known) or not _are_weights(self.kinds):
             raise ValueError(
-                f"`kinds` must give some of {', '.join(KINDS)} weights of at least 0, not all 0, found {self.kinds}."
+                f"`kinds` must give some of {', '.join(known)} weights of at least 0, not all 0, found {self.kinds}."
             )
-        if not self.counts or not all(n.isdecimal() and 1 <= int(n) <= MOST_INJECTIONS for n in self.counts):
-            raise ValueError(f"`counts` must give numbers from 1 to {MOST_INJECTIONS} weights, found {self.counts}.")
-        if min(self.counts.values()) < 0 or not sum(self.counts.values()) > 0:
-            raise ValueError(f"`counts` must have weights of at least 0, not all 0, found {self.counts}.")
+        if not all(n.isdecimal() and 1 <= int(n) <= MOST_INJECTIONS for n in self.counts) or not _are_weights(
+            self.counts
+        ):
+            raise ValueError(
+                f"`counts` must give numbers from 1 to {MOST_INJECTIONS} weights of at least 0, not all 0, found {self.counts}."
+            )
         for name in ("share", "decoys"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must lie in [0, 1], found {getattr(self, name)}.")
@@ -67,8 +85,21 @@ class Inject(Stage):
                 "`least_size` and `most_size` must be in order and lie in (0, 1], found "
                 f"{self.least_size} and {self.most_size}."
             )
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"`precision` must be one of {', '.join(PRECISIONS)}, found {self.precision!r}.")
+        if not (self.prompts and self.steps >= 1 and 0 < self.strength <= 1 and self.size >= 64):
+            raise ValueError(
+                "`prompts` must hold at least one text, `steps` be at least 1, `strength` lie in (0, 1] and `size` be at least 64, "
+                f"found {self.prompts}, {self.steps}, {self.strength} and {self.size}."
+            )
 
     def process(self, rows: Iterator[Row], shard: Shard) -> Iterator[Result]:
+        functions, retouches = dict(KINDS), [retouch]
+        if self.pipeline is not None:
+            repainter = load_repainter(
+                self.pipeline, self.prompts, self.steps, self.strength, self.size, self.device, self.precision
+            )
+            functions[REPAINT], retouches = repainter.repaint, [retouch, repainter.retouch]
         counts = {int(count): weight for count, weight in self.counts.items()}
         for row in rows:
             try:
@@ -89,7 +120,8 @@ class Inject(Stage):
             rng = np.random.default_rng(row_seed(self.seed, row))
             kinds = self.kinds if rng.random() < self.share else {}
             pixels = np.array(image)
-            done = inject(pixels, rng, kinds, boxes, self.least_size, self.most_size, counts, self.decoys)
+            sizes = self.least_size, self.most_size
+            done = inject(pixels, rng, kinds, boxes, *sizes, counts, self.decoys, functions, retouches)
             result = {**row, "injected": list(done.kinds)}
             if done.kinds:
                 result |= {"artifact_map": encode_png(done.artifact_map), "source": "injected"}
@@ -98,6 +130,10 @@ class Inject(Stage):
             if (done.image != pixels).any():  # files of images that nothing was done to are kept
                 result["image"] = encode_png(done.image, row_name(row))
             yield result
+
+
+def _are_weights(weights: dict[str, float]) -> bool:
+    return bool(weights) and min(weights.values()) >= 0 and 0 < sum(weights.values()) < float("inf")
 
 
 def boxes_of(row: Row, column: str | None, size: tuple[int, int]) -> list[list[float]] | None:

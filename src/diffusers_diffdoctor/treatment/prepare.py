@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from packaging.version import parse
 from transformers.utils import logging
 
 from ..images import RANGE_TOLERANCE
-from ..loading import errors_named
+from ..loading import dtype_argument, errors_named
 from ..rewards import CombinedReward, RewardOutput
 from ..rollout import DifferentiableRollout
 from ..rollout.requirements import check_pipeline
@@ -69,7 +67,7 @@ def _from_pretrained(pipeline: str | os.PathLike, dtype: torch.dtype, quantizati
             f"`pipeline` is {str(pipeline)!r}, which has no model_index.json and so is no pipeline of diffusers. Pass the "
             "folder that `pipe.save_pretrained(folder)` wrote."
         )
-    settings = {"dtype" if parse(diffusers.__version__) >= parse("0.42") else "torch_dtype": dtype}
+    settings = dtype_argument(dtype)
     try:
         with errors_named(pipeline, f"`pipeline` is {str(pipeline)!r}, which"):
             if quantization is not None:

@@ -5,6 +5,7 @@ from .composition import COUNTS, DIFFERENCE, KINDS, WEIGHTS, Injected, inject, v
 from .decoys import retouch
 from .parts import NoChange
 from .regions import blob, saliency
+from .repainting import Repainter, load_repainter
 
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "WEIGHTS",
     "Injected",
     "NoChange",
+    "Repainter",
     "blob",
     "inject",
+    "load_repainter",
     "retouch",
     "saliency",
     "visible",

@@ -32,8 +32,8 @@ WEIGHTS = {
 }
 COUNTS = {1: 0.6, 2: 0.25, 3: 0.15}  # injections in an image -> share of the images
 DIFFERENCE = 18  # of 255; smaller differences between the wrong image and the sound one cannot be seen
-LEAST_AREA = 0.003  # share of the image's pixels that an injection must visibly change
-MOST_AREA = 0.35
+LEAST_AREA, MOST_AREA = 0.004, 0.35  # share of the image's pixels that an injection visibly changes
+LEAST_MEAN = 45  # of 255: mean difference of the pixels that it visibly changes
 KINDS_TRIED, TRIES = 4, 20  # for one injection, and places for each of them
 DECOYS = 3  # at most, in an image that gets decoys
 
@@ -49,7 +49,11 @@ class Injected:
 
 def visible(new: np.ndarray, old: np.ndarray) -> np.ndarray:
     """Where two images differ so that one can see it, as a mask (H, W): by more than `DIFFERENCE` in a channel."""
-    return np.abs(new.astype(np.int16) - old).max(-1) > DIFFERENCE
+    return _difference(new, old) > DIFFERENCE
+
+
+def _difference(new: np.ndarray, old: np.ndarray) -> np.ndarray:
+    return np.abs(new.astype(np.int16) - old).max(-1)
 
 
 def inject(
@@ -57,10 +61,12 @@ def inject(
     rng: np.random.Generator,
     kinds: Mapping[str, float] = WEIGHTS,
     boxes: Sequence[Sequence[float]] | None = None,
-    least_size: float = 0.06,
+    least_size: float = 0.08,
     most_size: float = 1 / 3,
     counts: Mapping[int, float] = COUNTS,
     decoys: float = 0.5,
+    functions: Mapping[str, Kind] = KINDS,
+    retouches: Sequence[Kind] = (retouch,),
 ) -> Injected:
     """Spoil a sound image in one or several places.
 
@@ -70,11 +76,13 @@ def inject(
     Args:
         image: uint8 (H, W, 3).
         rng: source of chance; everything follows from it.
-        kinds: names of `KINDS` with their weights; without any the image stays sound.
+        kinds: names of `functions` with their weights; without any the image stays sound.
         boxes: (x1, y1, x2, y2) in pixels, where to inject; see [`choose_place`].
         least_size, most_size: diameters of regions, in shares of the shorter side.
         counts: numbers of injections with their weights.
         decoys: chance in [0, 1] that one to three regions are retouched first, with the same tools, and stay sound.
+        functions: the kinds by their names.
+        retouches: the functions that retouch, one of which is chosen each time.
 
     Returns:
         The wrong image. Where no injection could be seen, which is so in flat images, `kinds` is empty and the map zero.
@@ -82,12 +90,12 @@ def inject(
     sound, weights = image.copy(), saliency(image)
     if rng.random() < decoys:
         for _ in range(rng.integers(1, DECOYS + 1)):
-            _retouch(sound, weights, rng, least_size, most_size)
+            _retouch(retouches[rng.integers(len(retouches))], sound, weights, rng, least_size, most_size)
     result, names = sound.copy(), []
     count = int(rng.choice(list(counts), p=_shares(counts))) if kinds else 0
     for _ in range(count):
         for name in rng.choice(list(kinds), KINDS_TRIED, p=_shares(kinds)):
-            change = _found(KINDS[str(name)], result, sound, weights, rng, least_size, most_size, boxes)
+            change = _found(functions[str(name)], result, sound, weights, rng, least_size, most_size, boxes)
             if change is not None:
                 place, pixels = change
                 result[place] = pixels
@@ -111,10 +119,14 @@ def _found(
 
 
 def _is_strong(place: Place, pixels: np.ndarray, before: np.ndarray, sound: np.ndarray) -> bool:
-    """Whether the new pixels can be seen, against those before as well as against the sound ones, and are not too many."""
-    changed, wrong = (visible(pixels, image[place]).sum() for image in (before, sound))
+    """Whether the new pixels can well be seen, against those before as well as against the sound ones, and are not too many."""
     size = sound.shape[0] * sound.shape[1]
-    return min(changed, wrong) >= max(4, LEAST_AREA * size) and wrong <= MOST_AREA * size
+    for image in (before, sound):
+        difference = _difference(pixels, image[place])
+        seen = difference[difference > DIFFERENCE]
+        if not max(4, LEAST_AREA * size) <= len(seen) <= MOST_AREA * size or seen.mean() < LEAST_MEAN:
+            return False
+    return True
 
 
 def _shares(weights: Mapping) -> np.ndarray:
@@ -167,11 +179,11 @@ def _fading(shape: tuple[int, int], cut: tuple[bool, bool, bool, bool]) -> np.nd
 
 
 def _retouch(
-    image: np.ndarray, weights: np.ndarray, rng: np.random.Generator, least_size: float, most_size: float
+    decoy: Kind, image: np.ndarray, weights: np.ndarray, rng: np.random.Generator, least_size: float, most_size: float
 ) -> None:
     """Retouch one region of the image in place, if a way is found that cannot be seen."""
     for _ in range(TRIES // 2):
-        change = _applied(retouch, image, weights, rng, least_size, most_size)
+        change = _applied(decoy, image, weights, rng, least_size, most_size)
         if (
             change is not None
             and (change[1] != image[change[0]]).any()

@@ -16,6 +16,7 @@ from .pixels import blur, fill, flood, grain_of, grow, sample, shrink, spread, w
 LEAST_PART = 8  # pixels
 CANDIDATES = 6  # parts that are looked at before one is taken
 LEAST_OUTLINE = 0.55  # share of a part's outline that must belong to its surroundings
+PALETTE_SIDE = 32  # pixels of the longer side of the image whose colours are clustered
 DISTINCT = 22  # of 255, in a channel: by how much a thing differs from its surroundings
 FINE_RADIUS = 24  # pixels: around regions with a larger radius, things are looked for in a reduced image
 
@@ -84,10 +85,13 @@ def thing_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) ->
 def one_color(image: np.ndarray, where: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """All pixels of a colour that is frequent in `where`: drawn by the square of its share there.
 
-    The image's colours are brought to three to eight (median cut, then k-means).
+    The image's colours are brought to three to eight (median cut, then k-means, of a reduced image).
     """
     picture = Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8))
-    labels = np.asarray(picture.quantize(int(rng.integers(3, 9)), Image.Quantize.MEDIANCUT, kmeans=2))
+    small = picture.reduce(max(1, max(picture.size) // PALETTE_SIDE))
+    palette = small.quantize(int(rng.integers(3, 9)), Image.Quantize.MEDIANCUT, kmeans=2).getpalette()
+    distances = [((image - color) ** 2).sum(-1) for color in np.array(palette, np.float32).reshape(-1, 3)]
+    labels = np.argmin(distances, axis=0)
     shares = np.bincount(labels[where]).astype(float) ** 2
     return labels == rng.choice(len(shares), p=shares / shares.sum())
 
