@@ -24,6 +24,7 @@ COMMANDS = {
     "diagnose": "find the artifacts in images: heatmaps, a ranked report, the cleanest images",
     "treat": "train a LoRA against a detector and report before and after",
     "export-lora": "write a treated LoRA in the layout that ComfyUI, AUTOMATIC1111 and others read",
+    "train-detector": "train a detector on labelled images, from a pretrained encoder or from nothing",
     "evaluate-detector": "measure a detector on labelled images: figures by category and generator, its worst mistakes",
     "convert-detector": "convert the detector that the paper's authors released",
     "data": "make what detectors learn from: photographs, injected artifacts, pseudo-labels, mixtures",

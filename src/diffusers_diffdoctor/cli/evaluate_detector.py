@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     if result is None:
         print("This process is done. Others are not yet, or were stopped: run the command again to finish.")
         return 0
-    _print(*figure_table(result["figures"]))
+    print_table(*figure_table(result["figures"]))
     print(
         f"{result['labelled']} labelled, {result['left_out']} left out, {sum(result['quarantined'].values())} quarantined"
     )
@@ -90,7 +90,7 @@ def _write_card(folder: Path, result: dict, model) -> None:
         print(f"{folder / CARD} was edited and is kept; delete it to have it written anew.")
 
 
-def _print(columns: list[str], rows: list[list[str]]) -> None:
+def print_table(columns: list[str], rows: list[list[str]]) -> None:
     """A column is as wide as its longest entry; the first is cut at 40 letters."""
     lines = [columns, *([printable(row[0])[:40], *row[1:]] for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(columns))]

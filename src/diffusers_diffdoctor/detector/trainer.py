@@ -296,7 +296,7 @@ class ArtifactDetectorTrainer(RunTrainer):
         if self.is_world_process_zero():
             with disk_errors_tolerated(self.args.output_dir, "The picture of the worst cases is left out."):
                 name = file_name(metric_key_prefix)
-                write_picture(whole.worst, self.args.output_dir, name, self.state.global_step)
+                write_picture(whole.worst, self.args.output_dir, name, self.saved_step)
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

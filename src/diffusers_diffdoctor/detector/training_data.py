@@ -26,7 +26,7 @@ def check_data(
     """
     for argument, given in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
         for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
-            _check_dataset(f"{argument}[{name!r}]" if name else argument, dataset)
+            check_dataset(f"{argument}[{name!r}]" if name else argument, dataset)
     sources = classes = None
     if isinstance(train_dataset, dict):
         for dataset in train_dataset.values():
@@ -75,7 +75,8 @@ def _columns(dataset: Any) -> set[str] | None:
     return None if columns is None else set(columns)
 
 
-def _check_dataset(name: str, dataset: Any) -> None:
+def check_dataset(name: str, dataset: Any) -> None:
+    """Refuse a dataset that is empty, lacks a column or, as far as that is cheap to see, has rows that are not labelled."""
     if dataset is None:
         return
     if hasattr(dataset, "__len__") and len(dataset) == 0:
