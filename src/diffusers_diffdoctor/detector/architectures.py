@@ -13,6 +13,8 @@ from .configuration_artifact_detector import ArtifactDetectorConfig
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation
 
 
+__all__ = ["ARCHITECTURES", "load_detector", "new_detector"]
+
 # SegFormer's encoders, Mix Transformers (arXiv 2105.15203, table 6), with the decode heads of its section 3.2
 ARCHITECTURES = {
     "b0": {"depths": [2, 2, 2, 2], "hidden_sizes": [32, 64, 160, 256], "decoder_hidden_size": 256},

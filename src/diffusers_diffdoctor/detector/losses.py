@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from .modeling_artifact_detector import squared_error
 
 
+__all__ = ["LOSSES", "confidence_error", "cross_entropy_with_dice"]
+
 DICE_WEIGHT = 0.2
 # Share of an image's pixels. A region of certain pixels needs to be much larger than that to get the whole weight of the Dice term;
 # what is left of a detector's own labels where nothing is (1/255 everywhere) gets none of it.

@@ -18,6 +18,8 @@ import torch
 from ..seeds import derive_seed
 
 
+__all__ = ["DRAW", "Draw", "DrawnRows", "EpochSampler", "Group", "GroupSampler", "groups_of"]
+
 DRAW = "draw"  # key of a row under which it carries its `Draw`
 
 
