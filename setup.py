@@ -43,6 +43,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "tensorboard>=2.18",
         "ftfy>=6.3",
+        "scipy>=1.13",
         "torchao>=0.16",
         "datatrove>=0.10",
     ],

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.pipelines import tiny_flux
+from fixtures.rows import photo_bytes, write_rows
 from fixtures.trainer import HELD_OUT, PROMPTS, photos, rows, tiny_detector, tiny_trainer
 from PIL import Image
 
 from diffusers_diffdoctor import PixelRewardConfig
+from diffusers_diffdoctor.data import Label, find_shards, run_stage
 
 
 ROOT = Path(__file__).parent.parent
@@ -38,6 +40,9 @@ STANDS_FOR = {
     'PixelRewardConfig(output_dir="flux-treated"': 'PixelRewardConfig(output_dir="flux-treated", **SMALL',
     'output_dir="detector", ': 'output_dir="trained", use_cpu=True, max_steps=1, report_to="none", ',
     "ArtifactDetectorForSemanticSegmentation(ArtifactDetectorConfig())": "detector",
+    # a cluster
+    "SlurmPipelineExecutor": "LocalPipelineExecutor",
+    'time="02:00:00", partition="gpu", ': "",
 }
 SMALL = {
     "use_cpu": True,
@@ -64,6 +69,11 @@ def folder(tmp_path_factory):
         Image.linear_gradient("L").resize(size).convert("RGB").save(folder / f"{name}.png")
     (folder / "prompts.csv").write_text("prompt\n" + "\n".join(PROMPTS) + "\n")
     (folder / "held_out_prompts.csv").write_text("prompt\n" + "\n".join(HELD_OUT) + "\n")
+    for part in range(2):
+        pool = [{"image": photo_bytes(i), "category": "hand"} for i in range(4 * part, 4 * part + 4)]
+        write_rows(folder / f"pool/data/train-{part:05d}-of-00002.parquet", pool)
+    label = Label.by(str(folder / "detector"), precision="bfloat16")
+    run_stage(label, find_shards(folder / "pool"), folder / "labelled", show_progress=False)
     (folder / "photos").mkdir()
     with open(folder / "photos/metadata.jsonl", "w") as file:
         for i, row in enumerate(photos(3, size=40)):
