@@ -39,7 +39,7 @@ STANDS_FOR = {
     # hours
     'PixelRewardConfig(output_dir="flux-treated"': 'PixelRewardConfig(output_dir="flux-treated", **SMALL',
     'output_dir="detector", ': 'output_dir="trained", use_cpu=True, max_steps=1, report_to="none", ',
-    "ArtifactDetectorForSemanticSegmentation(ArtifactDetectorConfig())": "detector",
+    '"OpenGVLab/pvt_v2_b2"': '"detector"',
     # a cluster
     "SlurmPipelineExecutor": "LocalPipelineExecutor",
     'time="02:00:00", partition="gpu", ': "",
@@ -89,12 +89,14 @@ def given(page: str, folder: Path) -> dict:
     if page == "README":
         names |= {"prompts": rows(PROMPTS), "held_out_prompts": rows(HELD_OUT), "photos": photos()}
     if page == "detector":
+        names |= {"images": images}
+    if page == "train_detector":
         clean, broken = Image.new("L", (40, 40), 0), Image.linear_gradient("L").resize((40, 40))
         shown = [
             {"image": row["image"].crop((0, 0, 40, 40)), "artifact_map": artifact_map}
             for row, artifact_map in zip(photos(4, size=40), [clean, broken] * 2)
         ]
-        names |= {"train_dataset": shown, "eval_dataset": shown, "images": images}
+        names |= {"annotated": shown, "photos": shown[::2], "held_out": shown}
     if page == "evaluation":
         names |= {
             "before": images,
