@@ -221,6 +221,7 @@ def test_from_files_to_a_detector(folder, capsys):
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "5 rows of the training data are held out" in printed and "15 images to train on" in printed
+    assert "photo / no artifacts: 6 rows, 4 draws an epoch (26.7 %), each row 0.667 times" in printed
     assert "Evaluation, of the detector that is saved" in printed and "photographs" in printed
     out = folder / "out"
     assert {"checkpoint-1", "checkpoint-2", "model.safetensors", "training.json", "worst_cases"} <= {

@@ -20,12 +20,13 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 from datasets import Dataset
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from ..data import load_rows
 from ..data.shards import split_name
 from ..detector import ArtifactDetectorTrainer, ArtifactDetectorTrainingArguments
 from ..detector.architectures import ARCHITECTURES, load_detector, new_detector
+from ..detector.sampling import GroupSampler
 from ..detector.training_data import check_data, check_dataset
 from ..evaluation.detector_figures import figure_table
 from ..files import FolderInUse
@@ -264,6 +265,7 @@ def run(argv: Sequence[str], recipe: str | None = DEFAULT_RECIPE, prog: str | No
         trainer = ArtifactDetectorTrainer(model, args, train_dataset=data.train, eval_dataset=data.evaluation)
     except (ValueError, OSError, yaml.YAMLError) as error:  # its message says what to do; a traceback would bury it
         raise SystemExit(f"error: {error}") from error  # `diffdoctor --traceback train-detector` shows where
+    trainer.add_callback(_TellPlan(trainer, say))
     say(f"{model.num_parameters() / 1e6:.1f} M parameters, {len(trainer.train_dataset)} images to train on.")
     try:
         trainer.train(resume_from_checkpoint=resume)
@@ -283,3 +285,14 @@ def run(argv: Sequence[str], recipe: str | None = DEFAULT_RECIPE, prog: str | No
         trainer.push_to_hub()
     trainer.accelerator.end_training()  # a process that others are still connected to may end in an abort
     return 0
+
+
+class _TellPlan(TrainerCallback):
+    """How often rows are drawn, which is known when training begins."""
+
+    def __init__(self, trainer: ArtifactDetectorTrainer, say: Callable[[str], None]):
+        self.trainer, self.say = trainer, say
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if isinstance(self.trainer.sampler, GroupSampler):
+            self.say(self.trainer.sampler.plan())

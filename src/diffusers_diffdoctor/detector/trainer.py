@@ -20,7 +20,6 @@ from accelerate.utils import DistributedType, broadcast, gather_object
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, set_seed
-from transformers.utils import logging
 
 from ..disk import disk_errors_tolerated
 from ..evaluation.detector_figures import DetectorFigures, count_images, headline
@@ -42,7 +41,6 @@ from .worst_cases import WorstCases, remove_pictures, write_picture
 
 
 LIVE_WEIGHTS = "live_model.safetensors"  # of a checkpoint: those that are trained, where its own are their average
-logger = logging.get_logger(__name__)
 
 # of a configuration: they differ with the library and the folder
 NOT_COMPARED = {"transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"}
@@ -210,7 +208,6 @@ class ArtifactDetectorTrainer(RunTrainer):
             classes = self._with_and_without_artifacts() if args.balance == "artifacts" else self._row_classes
             groups = groups_of(self._row_sources, classes, args.source_weights)
             self.sampler = GroupSampler(groups, len(dataset), args.data_seed)
-            logger.info(self.sampler.plan())
         return self.sampler
 
     def _with_and_without_artifacts(self) -> list[list[str]]:
