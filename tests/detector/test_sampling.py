@@ -302,6 +302,14 @@ def test_weights_and_columns_that_do_not_fit_are_refused_before_training(tmp_pat
         trainer({"human": stream}, max_steps=1)
 
 
+def test_weights_do_not_stand_in_the_way_of_an_evaluation(tmp_path):
+    args = ArtifactDetectorTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, source_weights={"human": 1}, balance="category"
+    )
+    trainer = ArtifactDetectorTrainer(tiny_detector(image_size=32), args, eval_dataset=squares(2))
+    assert trainer.evaluate()["eval_images"] == 2
+
+
 def test_a_stream_is_trained_on_in_its_own_order(tmp_path):
     rows = Dataset.from_list(
         [{key: row[key] for key in ("image", "artifact_map", "name")} for row in named(5, "row")],

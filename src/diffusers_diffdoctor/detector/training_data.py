@@ -28,6 +28,8 @@ def check_data(
         for name, dataset in given.items() if isinstance(given, dict) else [("", given)]:
             check_dataset(f"{argument}[{name!r}]" if name else argument, dataset)
     sources = classes = None
+    if train_dataset is None:  # only to evaluate
+        return sources, classes
     if isinstance(train_dataset, dict):
         for dataset in train_dataset.values():
             _rows(dataset, "A dictionary of sources")
