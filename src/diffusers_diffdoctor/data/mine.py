@@ -19,7 +19,7 @@ import torch
 from datasets import Features, Value
 
 from ..detector.configuration_artifact_detector import SIZE_MULTIPLE
-from ..files import digest
+from ..files import FolderInUse, digest
 from ..seeds import derive_seed
 from .by_detector import DetectorStage, confidence_maps
 from .schema import Row, decode_image, row_seed
@@ -156,9 +156,15 @@ def mine(
         shard.first: (frozenset(positions), frozenset(row["position"] for row in rows))
         for shard, positions, rows in zip(shards, chosen, scores)
     }
+    shared = options.get("world_size", 1) > 1
     options = {key: options[key] for key in ("restart", "show_progress") if key in options}
     stage = Divide(digest(json.dumps([sorted(positions) for positions in chosen])), hard)
-    return run_stage(stage, shards, output_dir, workers=workers, **options)
+    try:
+        return run_stage(stage, shards, output_dir, workers=workers, **options)
+    except FolderInUse:  # another rank has seen at the same moment that all is scored
+        if shared:
+            return None
+        raise
 
 
 def choose(
