@@ -16,13 +16,17 @@ Each training is a cell, a file of results; a stopped benchmark goes on where it
 
 import argparse
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from small_detector import cached, confidences, figures, trained
 
-from diffusers_diffdoctor.data.injection import WEIGHTS, inject
+from diffusers_diffdoctor.data.injection import WEIGHTS, inject, retouch, saliency
+from diffusers_diffdoctor.data.injection.composition import retouch_one
+from diffusers_diffdoctor.data.injection.pixels import blur, grow, shrink
 from diffusers_diffdoctor.miniature.renderer import ARTIFACT_KINDS, PRONE_CATEGORIES, render, sample_scene
 from diffusers_diffdoctor.seeds import derive_seed
 
@@ -68,6 +72,79 @@ def figures_on(model, images: np.ndarray, maps: np.ndarray) -> dict:
     found = figures(confidences(model, images), maps)
     names = ("pixel_ap", "iou", "image_auroc", "misses", "false_alarms")
     return {name: found[name] for name in names} | {"base_rate": float((maps > 0).mean())}
+
+
+# --- traces --------------------------------------------------------------------------------------------------------------------
+
+
+def traces(ways: dict[str, Callable], count: int = 900, steps: int = 500, seed: int = 0) -> dict[str, dict[str, float]]:
+    """Does what injection does to pixels give a region away, whatever it shows?
+
+    Regions of right scenes get sound content by one of `ways`, and a small network of two-pixel sight is trained to find them. It
+    is tested on other scenes, and on the same scenes without the change but with the same maps: what it finds there it knows from
+    where regions are, not from traces.
+
+    Args:
+        ways: name -> function like a kind, which is to change nothing that can be seen.
+        count: scenes, of which a third is for the test.
+        steps: of 16 scenes.
+        seed: of scenes, regions and the network.
+
+    Returns:
+        For each way the pixel average precision, `changed`, that on the `untouched` scenes, and the `base_rate`, which is that of
+        guessing.
+    """
+    result = {}
+    for name, way in ways.items():
+        rng = np.random.default_rng(derive_seed("traces", seed))
+        images, changed, maps = [], [], []
+        while len(images) < count:
+            image = render(sample_scene(rng, 0.0))[0]
+            new = image.copy()
+            retouch_one(way, new, saliency(image), rng, 0.15, 0.4)
+            where = (new != image).any(-1)
+            if where.sum() >= 12:
+                images.append(image)
+                changed.append(new)
+                maps.append(grow(shrink(grow(where, 2), 2), 1))
+        untouched, changed, maps = np.stack(images), np.stack(changed), np.stack(maps)
+        tested = count // 3
+        network = _trace_finder(changed[tested:], maps[tested:], steps, seed)
+        result[name] = {"base_rate": float(maps[:tested].mean())}
+        for which, some in (("changed", changed), ("untouched", untouched)):
+            with torch.no_grad():
+                found = torch.cat([network(_tensor(part)).sigmoid() for part in np.array_split(some[:tested], 20)])
+            result[name][which] = figures(found, maps[:tested].astype(np.uint8) * 255)["pixel_ap"]
+    return result
+
+
+def _tensor(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+
+
+def _trace_finder(images: np.ndarray, maps: np.ndarray, steps: int, seed: int) -> torch.nn.Module:
+    """A network that sees the grain: what a 3 x 3 mean leaves of the image, eightfold, then four layers of 3 x 3."""
+
+    class Grain(torch.nn.Module):
+        def forward(self, x):
+            return torch.cat([8 * (x - F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)), x], 1)
+
+    torch.manual_seed(seed)
+    layers: list[torch.nn.Module] = [Grain()]
+    for before in (6, 24, 24):
+        layers += [torch.nn.Conv2d(before, 24, 3, padding=1), torch.nn.BatchNorm2d(24), torch.nn.ReLU()]
+    network = torch.nn.Sequential(*layers, torch.nn.AvgPool2d(5, 1, 2), torch.nn.Conv2d(24, 1, 1))
+    optimizer = torch.optim.AdamW(network.parameters(), 3e-3)
+    rng = np.random.default_rng(seed)
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1.0, 2 - 2 * step / steps)
+        rows = rng.integers(len(images), size=16)
+        target = torch.from_numpy(maps[rows])[:, None].float()
+        loss = F.binary_cross_entropy_with_logits(network(_tensor(images[rows])), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return network.eval()
 
 
 def table(cells: dict[str, list[dict]]) -> str:

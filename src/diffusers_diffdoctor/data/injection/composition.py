@@ -9,7 +9,7 @@ import numpy as np
 from .decoys import retouch
 from .kinds import distort, duplicate, fuse, melt, misplace, omit, seam, watermark
 from .parts import NoChange
-from .pixels import grow
+from .pixels import grow, keeping_grain
 from .regions import blob, choose_place, saliency
 
 
@@ -90,7 +90,7 @@ def inject(
     sound, weights = image.copy(), saliency(image)
     if rng.random() < decoys:
         for _ in range(rng.integers(1, DECOYS + 1)):
-            _retouch(retouches[rng.integers(len(retouches))], sound, weights, rng, least_size, most_size)
+            retouch_one(retouches[rng.integers(len(retouches))], sound, weights, rng, least_size, most_size)
     result, names = sound.copy(), []
     count = int(rng.choice(list(counts), p=_shares(counts))) if kinds else 0
     for _ in range(count):
@@ -154,7 +154,7 @@ def _applied(
     window = image[top:bottom, left:right].astype(np.float32)
     region = blob(window.shape[:2], (center[0] - top, center[1] - left), radius, rng, rng.uniform(0.15, 0.5))
     try:
-        new = kind(window, region, rng)
+        new = keeping_grain(lambda drawn: kind(drawn, region, rng), window, rng)
     except NoChange:
         return None
     cut = top > 0, bottom < image.shape[0], left > 0, right < image.shape[1]
@@ -178,12 +178,12 @@ def _fading(shape: tuple[int, int], cut: tuple[bool, bool, bool, bool]) -> np.nd
     return np.minimum(sides[0][:, None], sides[1][None])
 
 
-def _retouch(
-    decoy: Kind, image: np.ndarray, weights: np.ndarray, rng: np.random.Generator, least_size: float, most_size: float
+def retouch_one(
+    way: Kind, image: np.ndarray, weights: np.ndarray, rng: np.random.Generator, least_size: float, most_size: float
 ) -> None:
     """Retouch one region of the image in place, if a way is found that cannot be seen."""
     for _ in range(TRIES // 2):
-        change = _applied(decoy, image, weights, rng, least_size, most_size)
+        change = _applied(way, image, weights, rng, least_size, most_size)
         if (
             change is not None
             and (change[1] != image[change[0]]).any()

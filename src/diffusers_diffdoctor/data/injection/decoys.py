@@ -5,7 +5,7 @@ import numpy as np
 
 from .kinds import joined
 from .parts import cut_out, laid, moved, part_in
-from .pixels import fill, sample, with_grain
+from .pixels import fill, sample
 
 
 def retouch(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -19,11 +19,11 @@ def retouch(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> 
         part = part_in(image, region, rng)
         center, degrees = part.points.mean(0), rng.uniform(-80, 80)
         turned = moved(cut_out(image, part), center, -degrees)
-        return laid(image, moved(turned, center, degrees), rng)
+        return laid(image, moved(turned, center, degrees))
     if which == 1:
         y, x = np.mgrid[0 : image.shape[0], 0 : image.shape[1]].astype(np.float32)
         dy, dx = rng.uniform(-0.5, 0.5, 2)
         new = sample(sample(image, y + dy, x + dx), y - dy, x - dx)
-        return with_grain(image + region[..., None] * (new - image), image, region > 0.2, rng)
+        return image + region[..., None] * (new - image)
     hole = region > 0.5
     return joined(image, fill(image, hole, region > 0, rng), hole)

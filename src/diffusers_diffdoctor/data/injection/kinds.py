@@ -11,8 +11,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from .parts import NoChange, Part, cut_out, enlarged, laid, moved, one_color, part_in, reduced, thing_in, without
-from .pixels import blur, fill, flood, grow, sample, shrink, with_grain
+from .pixels import blur, fill, flood, grow, sample, shrink
 from .regions import low_noise
+
+
+PLACES = 4  # that are looked at for a part that is laid down
 
 
 def duplicate(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -32,7 +35,7 @@ def omit(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.
     part = part_in(image, region, rng)
     taken = without(image, part, rng)
     if part.root is not None and rng.random() < 0.33:
-        return laid(taken, moved(cut_out(image, part), part.root, scale=rng.uniform(0.25, 0.65)), rng)
+        return laid(taken, moved(cut_out(image, part), part.root, scale=rng.uniform(0.25, 0.65)))
     return taken
 
 
@@ -63,7 +66,7 @@ def distort(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> 
         reach = radius * rng.uniform(0.25, 0.5) * region
         sy, sx = dy + reach * low_noise(region.shape, cells, rng), dx + reach * low_noise(region.shape, cells, rng)
     new = sample(image, sy + cy, sx + cx)
-    return with_grain(_where(region > 0, new, image), image, region > 0.2, rng)
+    return np.where((region > 0)[..., None], new, image)
 
 
 def fuse(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -73,16 +76,17 @@ def fuse(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.
     """
     small, place, reduction = reduced(image, region)
     thing = thing_in(small, place, rng)
-    reach = max(2, round(extent(place)[2] * rng.uniform(0.3, 1.0)))
-    gaps = shrink(grow(thing, reach), reach) & ~thing & (place > 0.1)
-    seeds = np.argwhere(gaps)
+    reach = max(2, round(extent(place)[2] * rng.uniform(0.6, 1.6)))
+    closed = shrink(grow(np.pad(thing, reach), reach), reach)[reach:-reach, reach:-reach]
+    gaps = closed & ~thing
+    seeds = np.argwhere(gaps & (place > 0.5))
     if not len(seeds):
         raise NoChange
     seed = np.zeros_like(gaps)
     seed[tuple(seeds[rng.integers(len(seeds))])] = True
     gap = flood(seed, gaps)
     outline = grow(gap, 1) & ~gap
-    if gap.sum() < 6 or (outline & thing).sum() < 0.5 * outline.sum():
+    if not 6 <= gap.sum() <= 4 * (place > 0.5).sum() or (outline & thing).sum() < 0.5 * outline.sum():
         raise NoChange
     hole = grow(gap, 2)  # with the contours on both sides
     near = grow(hole, 3) & thing & ~hole
@@ -113,7 +117,7 @@ def melt(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.
         new = sample(new, sy, sx)
         soft = blur(new, max(0.6, 0.07 * radius))
         new = new + (0.7 * region)[..., None] * (soft - new)
-    return with_grain(_where(region > 0, new, image), image, region > 0.2, rng)
+    return np.where((region > 0)[..., None], new, image)
 
 
 def watermark(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -154,7 +158,7 @@ def seam(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.
     reach = np.where(across > -0.5, region, 0) * shift
     new = sample(image, y + np.cos(turn) * reach, x - np.sin(turn) * reach)
     new = new + rng.choice([-1, 1]) * (rng.uniform(0, 30) if rng.random() < 0.5 else 0)
-    return with_grain(image + side[..., None] * (new - image), image, side > 0.2, rng)
+    return image + side[..., None] * (new - image)
 
 
 # --- what they share -------------------------------------------------------------------------------------------------------------
@@ -168,10 +172,6 @@ def extent(region: np.ndarray) -> tuple[float, float, float]:
     return (*points.mean(0), max(1.5, float(np.sqrt(len(points) / np.pi))))
 
 
-def _where(mask: np.ndarray, new: np.ndarray, old: np.ndarray) -> np.ndarray:
-    return np.where(mask[..., None], new, old)
-
-
 def joined(old: np.ndarray, new: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """The new pixels of the hole in the old image, mixed over the pixel at its edge."""
     weight = np.maximum(blur(hole.astype(np.float32), 0.7) * grow(hole, 1), shrink(hole, 1))
@@ -179,27 +179,44 @@ def joined(old: np.ndarray, new: np.ndarray, hole: np.ndarray) -> np.ndarray:
 
 
 def _laid_down(onto: np.ndarray, image: np.ndarray, part: Part, rng: np.random.Generator, far: bool) -> np.ndarray:
-    """`onto` with the part of `image` laid down in another place, near where it was or far from it."""
-    points = part.points
-    center, root = points.mean(0), part.root
-    reach = np.ptp(points, 0) + 1
+    """`onto` with the part of `image` laid down in another place, near where it was or far from it.
+
+    Of several places the one is taken where most of it lies on the surroundings of its thing: a finger beside the others, an eye in
+    the face.
+    """
+    layer, root, points = cut_out(image, part), part.root, part.points
+    thing = enlarged(part.thing if onto is image else part.rest, part.reduction)
+    free = (~thing).astype(np.float32)
+    best = -1.0, layer
+    for _ in range(PLACES):
+        placed = moved(layer, *_placement(points, root, rng, far))
+        weight = np.clip(placed[..., 3], 0, 1)
+        on_free = float((weight * free).sum() / max(layer[..., 3].sum(), 1.0))  # what leaves the image is not there
+        if on_free > best[0]:
+            best = on_free, placed
+    behind = root is not None and rng.random() < 0.6
+    return laid(onto, best[1], blur(free, 0.6) if behind else None)
+
+
+def _placement(
+    points: np.ndarray, root: np.ndarray | None, rng: np.random.Generator, far: bool
+) -> tuple[np.ndarray, float, float, tuple[float, float], bool]:
+    """Arguments of [`moved`]: around where to turn, by how much, how large, how far to shift, and whether to mirror."""
     scale, mirrored = np.exp(rng.normal(0, 0.1)), rng.random() < 0.3
-    only_on = None
-    if root is not None and not far:
-        # like a finger beside a finger
-        width = len(points) / max(reach.max(), 1.0)
-        degrees = rng.choice([-1, 1]) * rng.uniform(15, 80)
-        shift = rng.uniform(-1.2, 1.2, 2) * width
-        pivot = root
-    else:
-        degrees = rng.normal(0, 20) if root is None else rng.uniform(-180, 180)
-        turn, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.9, 1.6 if not far else 3)
-        shift = np.array([np.sin(turn), np.cos(turn)]) * distance * (reach if not far else reach.max())
-        pivot = center
-    if root is not None and rng.random() < 0.6:  # behind its thing
-        before = part.thing if onto is image else part.rest
-        only_on = blur((~enlarged(before, part.reduction)).astype(np.float32), 0.6)
-    return laid(onto, moved(cut_out(image, part), pivot, degrees, scale, tuple(shift), mirrored), rng, only_on)
+    reach = np.ptp(points, 0) + 1
+    if root is not None and not far:  # like a finger beside a finger
+        width = len(points) / reach.max()
+        return (
+            root,
+            rng.choice([-1, 1]) * rng.uniform(15, 75),
+            scale,
+            tuple(rng.uniform(-0.8, 0.8, 2) * width),
+            mirrored,
+        )
+    turn, distance = rng.uniform(0, 2 * np.pi), rng.uniform(0.9, 3 if far else 1.6)
+    shift = np.array([np.sin(turn), np.cos(turn)]) * distance * (reach.max() if far else reach)
+    degrees = rng.normal(0, 20) if root is None else rng.uniform(-180, 180)
+    return points.mean(0), degrees, scale, tuple(shift), mirrored
 
 
 def _stroke(draw: ImageDraw.ImageDraw, x: float, y: float, size: float, rng: np.random.Generator) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .pixels import blur, fill, flood, grain_of, grow, sample, shrink, spread, with_grain, without_holes
+from .pixels import blur, fill, flood, grain_of, grow, sample, shrink, spread, without_holes
 
 
 LEAST_PART = 8  # pixels
@@ -66,6 +66,8 @@ def thing_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) ->
     The surroundings are a colour that is frequent in a ring about the region. Where they are seen they are continued over the rest,
     and what differs from that is the thing: so light may change across them.
 
+    What takes up most of the image's border is no thing, but surrounds what seems to be its surroundings, and is left out.
+
     Raises:
         NoChange: the region lies in its surroundings, or there is no ring.
     """
@@ -77,6 +79,10 @@ def thing_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) ->
     _, deviation = grain_of(image)
     difference = np.abs(image - spread(blur(image, 0.6), shrink(around, 1) if shrink(around, 1).any() else around))
     thing = blur(difference.max(-1), 0.4) > max(DISTINCT, 4 * deviation)
+    border = np.zeros_like(thing)
+    border[[0, -1]] = border[:, [0, -1]] = True
+    if thing[border].mean() > 0.5:
+        thing &= ~flood(border, thing)
     if (thing & core).sum() < LEAST_PART:
         raise NoChange
     return thing
@@ -100,8 +106,8 @@ def part_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> 
     """A part that touches the region.
 
     Several are looked at: what is thin there, whole, which is what an opening takes away from the thing (fingers, limbs, ears,
-    eyes); and what lies in the region and hangs together, cut where the region ends. The one is taken that is cut the least: whose
-    outline belongs most to its surroundings and least to the rest of its thing.
+    eyes); and what lies in the region and hangs together, cut where the region ends. The one is taken that is large and little
+    cut: whose outline belongs to its surroundings and not to the rest of its thing.
 
     Raises:
         NoChange: there is none.
@@ -111,7 +117,7 @@ def part_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> 
     core = region > 0.5
     radius = _radius(core)
     seeds = np.argwhere(thing & core)
-    best = LEAST_OUTLINE, None, None
+    best = 0.0, None, None
     for number in range(CANDIDATES):
         seed = np.zeros_like(core)
         seed[tuple(seeds[rng.integers(len(seeds))])] = True
@@ -127,11 +133,9 @@ def part_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> 
             continue
         outline = grow(mask, 1) & ~mask
         own = (outline & ~thing).sum() / max(1, outline.sum())
-        if own > best[0]:
-            whole = flood(seed, thing)
-            if np.concatenate([whole[0], whole[-1], whole[:, 0], whole[:, -1]]).mean() > 0.5:
-                raise NoChange  # what seems a thing surrounds its surroundings
-            best = own, mask, whole & ~mask
+        score = own**2 * np.sqrt(mask.sum())
+        if own > LEAST_OUTLINE and score > best[0]:
+            best = score, mask, flood(seed, thing) & ~mask
     _, mask, rest = best
     if mask is None:
         raise NoChange
@@ -221,12 +225,10 @@ def moved(
     return sample(values, y, x) * inside[..., None]
 
 
-def laid(
-    image: np.ndarray, layer: np.ndarray, rng: np.random.Generator, only_on: np.ndarray | None = None
-) -> np.ndarray:
+def laid(image: np.ndarray, layer: np.ndarray, only_on: np.ndarray | None = None) -> np.ndarray:
     """The image under a layer (H, W, 4) of colours and their weight, which is seen only where `only_on` (H, W) has weight."""
-    share = np.clip(layer[..., 3], 0, 1) * (1 if only_on is None else only_on)
-    return with_grain(image + share[..., None] * (layer[..., :3] - image), image, share > 0.5, rng)
+    share = np.clip(layer[..., 3:], 0, 1) * (1 if only_on is None else only_on[..., None])
+    return image + share * (layer[..., :3] - image)
 
 
 def _radius(mask: np.ndarray) -> float:

@@ -1,16 +1,20 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""What injection does with pixels: grow and shrink masks, blur, resample, fill holes, give new pixels the grain of the old.
+"""What injection does with pixels: grow and shrink masks, blur, resample, fill holes, keep the grain.
 
 Images here are float32 (H, W, 3) in [0, 255], masks bool (H, W), weights float32 (H, W) in [0, 1].
 """
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 
 GRAIN_WINDOW = 5  # pixels of a side of the mean from which grain is measured
-GRAIN = 0.4, 12.0  # of 255, standard deviation: less is none, more is what the image shows
+GRAIN = 0.4, 6.0  # of 255, standard deviation: less is none, more is what the image shows
+FINE_PIXELS = 2**18  # of an image that is resampled by way of one twice as large
 
 
 def grow(mask: np.ndarray, radius: int) -> np.ndarray:
@@ -67,11 +71,30 @@ def blur(values: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def sample(values: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """`values` (H, W, C) at the places `y`, `x` (h, w) in pixels -> (h, w, C): bicubic, the border repeated."""
+    """`values` (H, W, C) at the places `y`, `x` (h, w) in pixels -> (h, w, C); the border is repeated.
+
+    Bicubic, of values made twice as large before (Lanczos) where that is not too much, so that little of what is fine is lost; and
+    within the range of the nine values around a place, so that edges get no rim.
+    """
     height, width = values.shape[:2]
-    grid = np.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], -1).astype(np.float32)
     planes = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1)))[None]
-    result = F.grid_sample(planes, torch.from_numpy(grid)[None], "bicubic", "border", align_corners=False)
+    fine, edge = planes, 0
+    if height * width <= FINE_PIXELS:
+        edge = 4
+        padded = np.pad(values, [(edge, edge), (edge, edge), (0, 0)], "edge")
+        size = (2 * padded.shape[1], 2 * padded.shape[0])
+        channels = [Image.fromarray(np.ascontiguousarray(padded[..., c])) for c in range(values.shape[2])]
+        larger = [np.asarray(channel.resize(size, Image.Resampling.LANCZOS)) for channel in channels]
+        fine = torch.from_numpy(np.stack(larger))[None]
+
+    def at(planes: torch.Tensor, edge: int, mode: str) -> torch.Tensor:
+        places = [(2 * (x + edge) + 1) / (width + 2 * edge) - 1, (2 * (y + edge) + 1) / (height + 2 * edge) - 1]
+        grid = torch.from_numpy(np.stack(places, -1).astype(np.float32))[None]
+        return F.grid_sample(planes, grid, mode, "border", align_corners=False)
+
+    around = torch.cat([F.max_pool2d(planes, 3, 1, 1), -F.max_pool2d(-planes, 3, 1, 1)], 1)
+    highest, lowest = at(around, 0, "nearest").chunk(2, 1)
+    result = torch.minimum(torch.maximum(at(fine, edge, "bicubic"), lowest), highest)
     return result[0].permute(1, 2, 0).numpy()
 
 
@@ -109,27 +132,26 @@ def grain_of(image: np.ndarray) -> tuple[np.ndarray, float]:
     return residual, float(np.median(np.abs(residual)) / 0.6745)
 
 
-def with_grain(new: np.ndarray, old: np.ndarray, changed: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`new` with as much grain where it is `changed` as `old` has, because resampled and filled pixels are smoother.
+def keeping_grain(
+    change: Callable[[np.ndarray], np.ndarray], image: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """`change` of what the image shows, under the grain that it has.
 
-    The grain is taken from the old image's quiet pixels, all channels of a pixel together.
+    Grain belongs to the camera and not to the things: it stays where it is when they move. So the change is made to the image
+    without its grain (what a local mean leaves, where that is weak), which cannot get lost in resampling then, and the grain is laid
+    over it again. Where there was an edge, whose grain is not known, what has changed gets that of other pixels.
     """
-    residual, deviation = grain_of(old)
-    if not GRAIN[0] < deviation < GRAIN[1] or changed.sum() < 4:
-        return new
+    residual, deviation = grain_of(image)
+    if not GRAIN[0] < deviation < GRAIN[1]:
+        return change(image)
     quiet = np.abs(residual).max(-1) < 3 * deviation
-    smooth, _ = grain_of(new)
-    inside = changed & (np.abs(smooth).max(-1) < 3 * deviation)
-    if quiet.sum() < 16 or not inside.any():
-        return new
+    grain = residual * quiet[..., None]
+    drawn = image - grain
+    new = change(drawn)
     pool = residual[quiet]
-    wanted, found = pool.var(), smooth[inside].var()
-    if found >= wanted:
-        return new
-    grain = pool[rng.integers(len(pool), size=changed.sum())] - pool.mean(0)
-    new = new.copy()
-    new[changed] += grain * np.sqrt(1 - found / wanted)
-    return new
+    other = pool[rng.integers(len(pool), size=quiet.shape)] * ~quiet[..., None]
+    changed = np.clip(np.abs(new - drawn).max(-1, keepdims=True) / (3 * deviation), 0, 1)
+    return new + grain + changed * other
 
 
 def fill(
@@ -139,7 +161,7 @@ def fill(
 
     A copy of the surroundings is laid over the hole whose pixels are all known and which fits best where the two meet; the
     difference that is left there is continued smoothly into the hole and taken away (a membrane: Perez et al. 2003, "Poisson image
-    editing"). Copied whole pixels keep texture and grain. Where no copy fits, the surroundings are continued smoothly.
+    editing"). Whole pixels are copied, which keeps texture. Where no copy fits, the surroundings are continued smoothly.
 
     Args:
         image: (H, W, 3).
@@ -182,7 +204,7 @@ def _filled(
     result = image.copy()
     if best is None:
         result[hole] = spread(smooth, known)[hole]
-        return with_grain(result, image, hole, rng)
+        return result
     _, dy, dx = best
     y, x = np.clip(np.arange(height) + dy, 0, height - 1), np.clip(np.arange(width) + dx, 0, width - 1)
     there = np.ix_(y, x)

@@ -120,7 +120,7 @@ def choose_place(
         (row + rng.random()) * height / weights.shape[0],
         (column + rng.random()) * width / weights.shape[1],
     )
-    size = np.exp(rng.uniform(np.log(least_size), np.log(most_size)))
+    size = rng.uniform(least_size, most_size)
     return center, max(1.5, size * side / 2), limits
 
 
