@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 
 from diffusers_diffdoctor.data.injection import DIFFERENCE, KINDS, NoChange, blob, inject, saliency
-from diffusers_diffdoctor.data.injection.pixels import fill, flood, grow, shrink, spread, without_holes
+from diffusers_diffdoctor.data.injection.pixels import (
+    fill,
+    flood,
+    grow,
+    keeping_grain,
+    sample,
+    shrink,
+    spread,
+    without_holes,
+)
 from diffusers_diffdoctor.miniature.renderer import render, sample_scene
 
 
@@ -293,3 +302,54 @@ def test_saliency_points_at_what_stands_out():
     weights = saliency(image)
     assert weights.sum() == pytest.approx(1, abs=1e-4) and weights.min() > 0
     assert weights[16:34, 56:74].mean() > 5 * weights.mean()
+
+
+# --- grain -----------------------------------------------------------------------------------------------------------------------
+
+
+def noisy(seed: int = 0) -> np.ndarray:
+    """A bright disc on a slope of light, under gray noise of deviation 3."""
+    y, x = np.mgrid[0:64, 0:64]
+    disc = np.hypot(y - 30, x - 34) < 12
+    image = (80 + 0.5 * x + 90 * disc)[..., None] * np.ones(3)
+    return (image + np.random.default_rng(seed).normal(0, 3, (64, 64, 1))).astype(np.float32)
+
+
+def test_grain_comes_back_bit_for_bit_where_nothing_changes():
+    image = noisy()
+    result = keeping_grain(lambda drawn: drawn, image, np.random.default_rng(0))
+    np.testing.assert_allclose(result, image, atol=1e-4)
+
+
+def test_grain_is_as_strong_as_before_where_things_moved():
+    image = noisy()
+    y, x = np.mgrid[0:64, 0:64].astype(np.float32)
+
+    def away(drawn):
+        return sample(drawn, y + 0.5, x + 6.5)
+
+    flat = np.s_[2:14, 4:54]  # no edge, before and after
+    kept, lost = keeping_grain(away, image, np.random.default_rng(0)), away(image)
+    rough = [np.diff(one[flat][..., 0], axis=1).std() for one in (image, kept, lost)]
+    assert rough[1] == pytest.approx(rough[0], rel=0.1)
+    assert rough[2] < 0.85 * rough[0]  # else this would be no test
+    moved = np.hypot(y - 29.5, x - 27.5) < 9
+    assert kept[moved].mean() == pytest.approx(image[np.hypot(y - 30, x - 34) < 9].mean(), abs=3)
+
+
+def test_a_drawing_without_grain_gets_none():
+    image = hand(48).astype(np.float32)
+    new = keeping_grain(lambda drawn: drawn + 40, image, np.random.default_rng(0))
+    np.testing.assert_array_equal(new, image + 40)
+
+
+def test_resampling_keeps_the_range_and_the_places():
+    image = noisy()
+    y, x = np.mgrid[0:64, 0:64].astype(np.float32)
+    assert np.abs(sample(image, y, x) - image).mean() < 0.3
+    assert np.abs(sample(image, y + 3, x)[:-3] - image[3:]).mean() < 0.3
+    edge = np.zeros((32, 32, 1), np.float32)
+    edge[:, 16:] = 200
+    y, x = y[:32, :32], x[:32, :32]
+    turned = sample(edge, y + 0.3 * (x - 16), x + 0.37)
+    assert turned.min() >= 0 and turned.max() <= 200  # no rim
