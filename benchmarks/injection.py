@@ -10,7 +10,9 @@ Both are tested on fresh mistakes of the renderer: pixel average precision, over
 
 Each training is a cell, a file of results; a stopped benchmark goes on where it was.
 
-    python benchmarks/injection.py                          # the table of docs/source/data_inject.md
+And do the tools of injection leave traces? A small network is trained to find regions that were only retouched.
+
+    python benchmarks/injection.py                          # the tables of docs/source/data_inject.md
     python benchmarks/injection.py --split development --seeds 0 --data injection
 """
 
@@ -24,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from small_detector import cached, confidences, figures, trained
 
-from diffusers_diffdoctor.data.injection import WEIGHTS, inject, retouch, saliency
+from diffusers_diffdoctor.data.injection import WEIGHTS, inject, saliency
 from diffusers_diffdoctor.data.injection.composition import retouch_one
+from diffusers_diffdoctor.data.injection.decoys import WAYS
 from diffusers_diffdoctor.data.injection.pixels import blur, grow, shrink
 from diffusers_diffdoctor.miniature.renderer import ARTIFACT_KINDS, PRONE_CATEGORIES, render, sample_scene
 from diffusers_diffdoctor.seeds import derive_seed
@@ -77,7 +80,14 @@ def figures_on(model, images: np.ndarray, maps: np.ndarray) -> dict:
 # --- traces --------------------------------------------------------------------------------------------------------------------
 
 
-def traces(ways: dict[str, Callable], count: int = 900, steps: int = 500, seed: int = 0) -> dict[str, dict[str, float]]:
+def blurred(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What careless resampling does: the control that the network must find."""
+    return image + region[..., None] * (blur(image, 0.6) - image)
+
+
+def traces(
+    ways: dict[str, Callable], count: int = 600, steps: int = 400, seed: int = 0
+) -> dict[str, dict[str, float]]:
     """Does what injection does to pixels give a region away, whatever it shows?
 
     Regions of right scenes get sound content by one of `ways`, and a small network of two-pixel sight is trained to find them. It
@@ -180,6 +190,14 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
             )
             cells[data].append(one)
     print(table(cells))
+    ways = {way.__name__: way for way in (*WAYS, blurred)}
+    for name, way in ways.items():
+        found = cached(args.results, {"data": "traces", "way": name}, lambda way=way: traces({"way": way}))["figures"][
+            "way"
+        ]
+        print(
+            f"{name}: AP {found['changed']:.3f}, untouched {found['untouched']:.3f}, guessing {found['base_rate']:.3f}"
+        )
     return cells
 
 
