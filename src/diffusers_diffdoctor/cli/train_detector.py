@@ -253,6 +253,8 @@ def run(argv: Sequence[str], recipe: str | None = DEFAULT_RECIPE, prog: str | No
     try:
         script, args = parse(argv, recipe, prog or "diffdoctor train-detector")
         say = print if args.process_index == 0 else lambda text: None
+        # recipes have as many as a GPU's machine; more than there are processors only wait, and torch warns. Rows are the same
+        args.dataloader_num_workers = min(args.dataloader_num_workers, os.cpu_count() or 1)
         resume = resume_point(args, ArtifactDetectorTrainer)
         check_model_is_there(script.model)
         with args.main_process_first(desc="reading the data"):  # the others find them in the cache
