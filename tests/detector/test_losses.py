@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from diffusers_diffdoctor.detector.losses import DICE_SMOOTHING, LOSSES, confidence_error, cross_entropy_with_dice
+from diffusers_diffdoctor.detector.losses import LOSSES, confidence_error, cross_entropy_with_dice
 
 
 every = pytest.mark.parametrize("loss", list(LOSSES.values()), ids=list(LOSSES))
@@ -27,14 +27,22 @@ def test_squared_error_by_hand():
 
 
 def test_cross_entropy_with_dice_by_hand():
-    labels, confidences = [1.0, 0.0, 0.5], [0.9, 0.2, 0.4]
+    labels, confidences = [0.8, 0.0, 0.5], [0.9, 0.2, 0.4]
     entropy = -sum(t * math.log(c) + (1 - t) * math.log(1 - c) for c, t in zip(confidences, labels)) / 3
-    overlap = 2 * sum(c * t for c, t in zip(confidences, labels)) / 3 + DICE_SMOOTHING
-    both = sum(c * c + t * t for c, t in zip(confidences, labels)) / 3 + DICE_SMOOTHING
+    dice = sum(abs(c - t) for c, t in zip(confidences, labels)) / (sum(confidences) + sum(labels))
     found = cross_entropy_with_dice(
         torch.tensor(confidences).logit().view(1, 1, 1, 3), torch.tensor(labels).view(1, 1, 1, 3)
     )
-    assert found.item() == pytest.approx(entropy + 0.2 * (1 - overlap / both), rel=1e-5)
+    assert found.item() == pytest.approx(entropy + 0.2 * 0.8 * dice, rel=1e-5)
+
+
+def test_for_hard_labels_it_is_the_usual_dice():
+    labels, said = maps(soft=False), logits()
+    confidence = said.sigmoid()
+    both = (confidence + labels).flatten(1).sum(dim=1)
+    usual = 1 - 2 * (confidence * labels).flatten(1).sum(dim=1) / both
+    entropy = torch.nn.functional.binary_cross_entropy(confidence, labels, reduction="none").flatten(1).mean(dim=1)
+    torch.testing.assert_close(cross_entropy_with_dice(said, labels), entropy + 0.2 * usual)
 
 
 @every
@@ -66,10 +74,7 @@ def test_the_map_itself_is_the_best_answer(loss, soft):
     labels = maps(soft=soft).clamp(0.02, 0.98)
     labels[1] = 1 / 255
     best = labels.logit()
-    moved = best.clone().requires_grad_()
-    loss(moved, labels).sum().backward()
-    assert moved.grad.abs().max() < 1e-6
-    for step in (-0.5, 0.5):
+    for step in (-0.5, 0.5, *(scale * logits(seed) for seed in range(5) for scale in (0.05, 1.0))):
         assert (loss(best + step, labels) > loss(best, labels)).all()
 
 
@@ -89,10 +94,24 @@ def test_a_faint_map_is_no_region():
     """Labels of 1/255 everywhere, as a detector writes them where nothing is: Dice must not ask for exactly that."""
     labels = torch.full((1, 1, 32, 32), 1 / 255)
     nothing = torch.full_like(labels, 1e-3).logit()
-    assert cross_entropy_with_dice(nothing, labels).item() < 0.06
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(nothing, labels)
+    assert entropy < cross_entropy_with_dice(nothing, labels) < entropy + 1e-3
+    zeros = torch.zeros_like(labels)
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(nothing, zeros)
+    assert cross_entropy_with_dice(nothing, zeros).item() == pytest.approx(entropy.item())
     region = labels.clone()
     region[..., :8, :8] = 1
-    assert (
-        cross_entropy_with_dice(region.clamp(max=0.5).logit(), region).item()
-        < cross_entropy_with_dice(nothing, region).item()
+    assert cross_entropy_with_dice(nothing, region) > 0.15 + torch.nn.functional.binary_cross_entropy_with_logits(
+        nothing, region
     )
+
+
+@every
+def test_certain_networks_keep_finite_losses(loss):
+    labels = maps(soft=False)
+    labels[1] = 0
+    for said in (torch.full_like(labels, -200.0), torch.full_like(labels, 200.0)):
+        said.requires_grad_()
+        found = loss(said, labels)
+        found.sum().backward()
+        assert torch.isfinite(found).all() and torch.isfinite(said.grad).all()

@@ -16,9 +16,6 @@ from .modeling_artifact_detector import squared_error
 __all__ = ["LOSSES", "confidence_error", "cross_entropy_with_dice"]
 
 DICE_WEIGHT = 0.2
-# Share of an image's pixels. A region of certain pixels needs to be much larger than that to get the whole weight of the Dice term;
-# what is left of a detector's own labels where nothing is (1/255 everywhere) gets none of it.
-DICE_SMOOTHING = 1e-4
 
 
 def confidence_error(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -37,10 +34,10 @@ def confidence_error(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor
 def cross_entropy_with_dice(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy of the pixels plus 0.2 times the Dice loss of the image.
 
-    The Dice loss is that of V-Net (arXiv 1606.04797, section 3), `1 - 2 sum(c t) / (sum(c^2) + sum(t^2))`, of confidences c and
-    labels t. With squares in the denominator it is smallest at `c = t` for soft labels too; the common form without them pulls soft
-    labels to 0 or 1. Sums are means over the image, and 1e-4 is added above and below, so that an image without artifacts has a
-    loss as well.
+    The Dice loss is the semimetric one (arXiv 2303.16296), `sum(|c - t|) / sum(c + t)` of confidences c and labels t. For labels of
+    0 and 1 it is the usual `1 - 2 sum(c t) / sum(c + t)`; for soft ones it is smallest at `c = t`, where the usual one pulls them
+    to 0 or 1. It is weighed by the highest label of the image: sound images have cross-entropy alone, and so, nearly, have the
+    labels of 1/255 that a detector leaves where nothing is, whose exact pattern nobody wants to be learned.
 
     Args:
         logits: (B, 1, H, W).
@@ -50,16 +47,15 @@ def cross_entropy_with_dice(logits: torch.Tensor, labels: torch.Tensor) -> torch
         (B,), 0 for an image of which no pixel counts.
     """
     counted = (labels >= 0).to(logits.dtype)
-    pixels = counted.flatten(1).sum(dim=1).clamp(min=1)
 
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return (values * counted).flatten(1).sum(dim=1) / pixels
+    def total(values: torch.Tensor) -> torch.Tensor:
+        return (values * counted).flatten(1).sum(dim=1)
 
     truth, confidence = labels.clamp(min=0), logits.sigmoid()
-    entropy = mean(F.binary_cross_entropy_with_logits(logits, truth, reduction="none"))
-    overlap = 2 * mean(confidence * truth) + DICE_SMOOTHING
-    dice = 1 - overlap / (mean(confidence.square()) + mean(truth.square()) + DICE_SMOOTHING)
-    return entropy + DICE_WEIGHT * dice
+    entropy = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+    entropy = total(entropy) / counted.flatten(1).sum(dim=1).clamp(min=1)
+    dice = total((confidence - truth).abs()) / total(confidence + truth).clamp(min=1e-6)
+    return entropy + DICE_WEIGHT * truth.flatten(1).amax(dim=1) * dice
 
 
 # by the names of `ArtifactDetectorTrainingArguments.loss`
