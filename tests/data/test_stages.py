@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from datasets import load_dataset
 from fixtures.broken_files import CONTENTS
 from fixtures.rows import photo_bytes, write_rows
 from fixtures.segformer import tiny_detector
@@ -94,6 +95,21 @@ def test_broken_files_are_quarantined_and_counted(tmp_path):
     counts = run_stage(Photos(), group_files(files, 0.05), tmp_path / "out", show_progress=False)
     assert counts["rows_in"] == len(files) and counts["rows_out"]["train"] == 20
     assert sum(counts["quarantined"].values()) == len(BROKEN)
+
+
+def test_datasets_reads_what_lies_there_whatever_other_folders_of_this_name_held(tmp_path, monkeypatch):
+    cache = str(tmp_path / "cache")
+    for count, place in ((3, "a"), (5, "b"), (7, "a")):
+        files = []
+        for i in range(count):
+            path = tmp_path / f"{i}.png"
+            path.write_bytes(photo_bytes(i))
+            files.append((path, path.name))
+        out = tmp_path / place / "photos"
+        run_stage(Photos(), group_files(files, 1), out, restart=True, show_progress=False)
+        assert len(load_dataset(str(out), split="train", cache_dir=cache)) == count
+        monkeypatch.chdir(tmp_path / place)
+        assert len(load_dataset("photos", split="train", cache_dir=cache)) == count
 
 
 # --- merge -------------------------------------------------------------------------------------------------------------------------
@@ -289,6 +305,8 @@ def test_a_dataset_is_divided_and_the_command_goes_on(pool, detector, tmp_path, 
     assert main([*command, "--device", "cpu"]) == 0
     assert "60 in = 50 simple + 10 hard + 0 quarantined" in capsys.readouterr().out
     hard, simple = rows_of(out, "hard"), rows_of(out, "simple")
+    loaded = load_dataset(str(out), cache_dir=str(tmp_path / "cache"))
+    assert {split: len(rows) for split, rows in loaded.items()} == {"hard": 10, "simple": 50}
     names = {row["image"]["path"] for row in [*hard, *simple]}
     assert names == {f"{i}.jpg" for i in range(60)}
     assert sum(row["category"] == ["dog"] for row in hard) >= 5

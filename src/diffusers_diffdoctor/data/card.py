@@ -76,16 +76,12 @@ def write_card(
     folder = Path(folder)
     rows, splits = sum(counts["rows_out"].values()), [split for split, n in counts["rows_out"].items() if n]
     size = next((label for most, label in SIZES.items() if rows < most), "100M<n<1B")
+    # No `configs`: the files' names say the splits, and with one named here `datasets` would take its cached copy of any folder of
+    # this name, whatever lies in it.
     metadata = {
         "task_categories": ["image-segmentation"],
         "tags": ["diffusers-diffdoctor", "artifact-detection"],
         "size_categories": [size],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in splits],
-            }
-        ],
     }
     tables = "".join(
         _table(title, _counted(counts["facts"], kind))
