@@ -34,13 +34,14 @@ import torch
 from datasets import concatenate_datasets, load_dataset
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
+from small_detector import arguments
 from transformers import ResNetConfig
 
 from diffusers_diffdoctor import ArtifactDetectorConfig, ArtifactDetectorForSemanticSegmentation
 from diffusers_diffdoctor.data import FEATURES, Label, Photos, Score, find_shards, mine, run_stage
 from diffusers_diffdoctor.data.schema import conform, encode_png
 from diffusers_diffdoctor.data.shards import PATTERN, write_shard
-from diffusers_diffdoctor.detector import ArtifactDetectorTrainer, ArtifactDetectorTrainingArguments
+from diffusers_diffdoctor.detector import ArtifactDetectorTrainer
 from diffusers_diffdoctor.evaluation.detector_figures import DetectorFigures
 from diffusers_diffdoctor.files import digest, write_atomically
 from diffusers_diffdoctor.miniature import load
@@ -215,22 +216,13 @@ def train(rung: str, datasets: dict[str, Path], settings: Settings, seed: int, o
         load_dataset(str(path), split="train", cache_dir=str(output.parent / "arrow")) for path in datasets.values()
     ]
     rows = concatenate_datasets([one.select_columns(["image", "artifact_map"]) for one in rows])
-    args = ArtifactDetectorTrainingArguments(
-        output_dir=str(output / "run"),
+    args = arguments(
+        str(output / "run"),
+        settings.steps,
+        seed,
         overwrite_output_dir=True,
-        max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="warmup_stable_decay",
-        lr_scheduler_kwargs={"num_decay_steps": settings.steps // 3, "warmup_type": "linear", "decay_type": "linear"},
-        warmup_steps=min(50, settings.steps // 4),
-        loss="bce_dice",
-        logging_steps=100,
-        save_strategy="no",
-        disable_tqdm=True,
-        report_to="none",
-        seed=seed,
-        use_cpu=True,
         augmentation="light",
         shrink_probability=0.5 if rung == "dynamic" else 0.0,
         augmentation_kwargs={"shrink_below": 0.5},

@@ -45,6 +45,24 @@ class Tensors(torch.utils.data.Dataset):
         }
 
 
+def arguments(folder: str, steps: int, seed: int, **changes) -> ArtifactDetectorTrainingArguments:
+    """Of a short training from random weights: the learning rate falls to nothing in the last third."""
+    settings = {
+        "per_device_train_batch_size": BATCH,
+        "loss": "bce_dice",
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "warmup_stable_decay",
+        "lr_scheduler_kwargs": {"num_decay_steps": steps // 3, "warmup_type": "linear", "decay_type": "linear"},
+        "warmup_steps": min(100, steps // 5),
+        "logging_steps": 100,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return ArtifactDetectorTrainingArguments(output_dir=folder, max_steps=steps, seed=seed, **settings | changes)
+
+
 def trained(
     images: np.ndarray, maps: np.ndarray, steps: int, seed: int, first_stride: int = 2, flips: bool = False
 ) -> ArtifactDetectorForSemanticSegmentation:
@@ -65,22 +83,7 @@ def trained(
     model = ArtifactDetectorForSemanticSegmentation(config)
     model.apply(lambda m: m.reset_parameters() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)) else None)
     with tempfile.TemporaryDirectory() as folder:
-        args = ArtifactDetectorTrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=BATCH,
-            loss="bce_dice",
-            learning_rate=1e-3,
-            lr_scheduler_type="warmup_stable_decay",
-            lr_scheduler_kwargs={"num_decay_steps": steps // 3, "warmup_type": "linear", "decay_type": "linear"},
-            warmup_steps=min(100, steps // 5),
-            logging_steps=100,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=seed,
-            use_cpu=True,
-        )
+        args = arguments(folder, steps, seed)
         optimizer = Muon(model, args.learning_rate)
         data = Tensors(images, maps, config, flips)
         ArtifactDetectorTrainer(model, args, train_dataset=data, optimizers=(optimizer, None)).train()

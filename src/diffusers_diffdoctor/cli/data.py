@@ -63,6 +63,18 @@ def add_output(parser: argparse.ArgumentParser, workers: bool = True) -> None:
     parser.add_argument("--private", action="store_true", help="make a repository that is created private")
 
 
+def add_report(
+    parser: argparse.ArgumentParser,
+    threshold: str = "highest confidence in (0, 1] from which an image has an artifact",
+):
+    """Where a report goes, and what it calls an artifact."""
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="DIR", help="folder for the report; run again to continue"
+    )
+    parser.add_argument("--threshold", type=float, default=0.5, help=f"{threshold} (default: %(default)s)")
+    parser.add_argument("--restart", action="store_true", help="replace what other settings left in DIR")
+
+
 def add_looking(parser: argparse.ArgumentParser, several: bool = False) -> None:
     """Which detectors look at the images, how, and in which of several processes."""
     what = (

@@ -4,20 +4,12 @@
 import argparse
 
 from ..names import printable
-from .data import add_dataset, shards_of
+from .data import add_dataset, add_report, shards_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser, "dataset", help="images that a detector has labelled")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="folder for the report; run again to continue"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=0.5,
-        help="highest confidence in (0, 1] from which an image has an artifact (default: %(default)s)",
-    )
+    add_report(parser)
     parser.add_argument(
         "--sources",
         nargs="+",
@@ -39,7 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="robust standard deviations from which a group stands out (default: %(default)s)",
     )
     parser.add_argument("--workers", type=int, default=1, help="processes (default: %(default)s)")
-    parser.add_argument("--restart", action="store_true", help="replace what other settings left in DIR")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -4,27 +4,19 @@
 import argparse
 
 from ..names import printable
-from .data import add_dataset, add_looking, detectors_of, looking, place
+from .data import add_dataset, add_looking, add_report, detectors_of, looking, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser, "new", metavar="NEW", help="images of the new generator, also a folder of image files")
     add_dataset(parser, "--known", required=True, help="what the detector learned from, also a folder of image files")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="folder for the report; run again to continue"
-    )
+    add_report(parser)
     parser.add_argument(
         "--images",
         type=int,
         default=1000,
         metavar="N",
         help="about how many of each side are compared (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=0.5,
-        help="highest confidence in (0, 1] from which an image has an artifact (default: %(default)s)",
     )
     parser.add_argument(
         "--pictures",
@@ -34,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="most of the farthest new images to show (default: %(default)s)",
     )
     add_looking(parser)
-    parser.add_argument("--restart", action="store_true", help="replace what other settings left in DIR")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ import argparse
 from pathlib import Path
 
 from ..names import printable
-from .data import add_dataset, add_looking, detectors_of, looking, place
+from .data import add_dataset, add_looking, add_report, detectors_of, looking, place
 
 
 RECORD = "training.json"  # beside the weights, of the trainer
@@ -13,15 +13,7 @@ RECORD = "training.json"  # beside the weights, of the trainer
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_dataset(parser, "dataset", help="labelled images, also a folder of images with a metadata.jsonl")
-    parser.add_argument(
-        "-o", "--output", required=True, metavar="DIR", help="folder for the report; run again to continue"
-    )
-    parser.add_argument(
-        "--threshold",
-        type=float,
-        default=0.5,
-        help="confidence, and truth, in (0, 1] from which a pixel is an artifact (default: %(default)s)",
-    )
+    add_report(parser, "confidence, and truth, in (0, 1] from which a pixel is an artifact")
     parser.add_argument("--tile", action="store_true", help="also look at large images piece by piece")
     parser.add_argument(
         "--pictures",
@@ -36,7 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="write the figures into the model card of the detector, which must be a folder",
     )
-    parser.add_argument("--restart", action="store_true", help="replace what other settings left in DIR")
 
 
 def run(args: argparse.Namespace) -> int:
