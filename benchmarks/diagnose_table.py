@@ -34,10 +34,9 @@ import torch
 from datasets import concatenate_datasets, load_dataset
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter
-from small_detector import arguments
-from transformers import ResNetConfig
+from small_detector import arguments, new_detector
 
-from diffusers_diffdoctor import ArtifactDetectorConfig, ArtifactDetectorForSemanticSegmentation
+from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation
 from diffusers_diffdoctor.data import FEATURES, Label, Photos, Score, find_shards, mine, run_stage
 from diffusers_diffdoctor.data.schema import conform, encode_png
 from diffusers_diffdoctor.data.shards import PATTERN, write_shard
@@ -189,24 +188,6 @@ class World:
 
 
 # --- a rung ------------------------------------------------------------------------------------------------------------------------
-
-
-def new_detector() -> ArtifactDetectorForSemanticSegmentation:
-    """A small ResNet with SegFormer's decode head, from random weights: it learns these scenes several times faster than a
-    SegFormer, which a rung's few steps would leave at "nothing anywhere". Scenes are seen at twice their size, so that the logits
-    have half of it."""
-    backbone = ResNetConfig(
-        embedding_size=32,
-        hidden_sizes=[32, 64, 96, 128],
-        depths=[1, 1, 1, 1],
-        layer_type="basic",
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )
-    return ArtifactDetectorForSemanticSegmentation(
-        ArtifactDetectorConfig(
-            backbone_config=backbone, image_size=128, decoder_hidden_size=64, classifier_dropout_prob=0.0
-        )
-    )
 
 
 def train(rung: str, datasets: dict[str, Path], settings: Settings, seed: int, output: Path) -> None:

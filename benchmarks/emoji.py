@@ -161,7 +161,7 @@ def training_data(datasets: dict[str, Path], kinds: list[str]) -> tuple[np.ndarr
 def cell(datasets: dict[str, Path], split: str, without: str, seed: int, steps: int) -> dict:
     kinds = [kind for kind in KINDS if kind != without]
     images, maps = training_data(datasets, kinds)
-    model = trained(images, maps, steps, seed, first_stride=4, flips=True)
+    model = trained(images, maps, steps, seed, flips=True)
     untouched, _, names = injected(datasets[split], "untouched", json.dumps({"share": 0.0, "decoys": 0.0}))
     found = confidences(model, untouched).amax((1, 2, 3)).numpy() >= 0.5
     result = {

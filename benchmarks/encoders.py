@@ -14,7 +14,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diagnose_table import new_detector as new_resnet
+from small_detector import new_detector as new_resnet
 
 from diffusers_diffdoctor.detector.losses import LOSSES
 from diffusers_diffdoctor.detector.modeling_artifact_detector import normalise_images

@@ -75,7 +75,7 @@ def fuse(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.
     Gaps of the thing (what a closing adds to it) are filled with the thing's own colours.
     """
     small, place, reduction = reduced(image, region)
-    thing = thing_in(small, place, rng)
+    thing, _ = thing_in(small, place, rng)
     reach = max(2, round(extent(place)[2] * rng.uniform(0.6, 1.6)))
     closed = shrink(grow(np.pad(thing, reach), reach), reach)[reach:-reach, reach:-reach]
     gaps = closed & ~thing
@@ -185,8 +185,8 @@ def _laid_down(onto: np.ndarray, image: np.ndarray, part: Part, rng: np.random.G
     the face.
     """
     layer, root, points = cut_out(image, part), part.root, part.points
-    thing = enlarged(part.thing if onto is image else part.rest, part.reduction)
-    free = (~thing).astype(np.float32)
+    other = (part.thing if onto is image else part.rest) | part.beyond
+    free = (~enlarged(other, part.reduction)).astype(np.float32)
     best = -1.0, layer
     for _ in range(PLACES):
         placed = moved(layer, *_placement(points, root, rng, far))

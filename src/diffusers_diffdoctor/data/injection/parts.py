@@ -18,6 +18,7 @@ CANDIDATES = 6  # parts that are looked at before one is taken
 LEAST_OUTLINE = 0.55  # share of a part's outline that must belong to its surroundings
 PALETTE_SIDE = 32  # pixels of the longer side of the image whose colours are clustered
 DISTINCT = 22  # of 255, in a channel: by how much a thing differs from its surroundings
+CONTOUR = 3  # pixels: how deep the contour of a thing may go
 FINE_RADIUS = 24  # pixels: around regions with a larger radius, things are looked for in a reduced image
 
 
@@ -36,6 +37,7 @@ class Reduction:
 @dataclass(frozen=True)
 class Part:
     """`mask`: its pixels. `rest`: those of its thing that hang together with it. `thing`: all that is not surroundings.
+    `beyond`: what lies around the surroundings, see [`thing_in`].
 
     All in the reduced image; [`enlarged`] brings them to the image.
     """
@@ -43,6 +45,7 @@ class Part:
     mask: np.ndarray
     rest: np.ndarray
     thing: np.ndarray
+    beyond: np.ndarray
     reduction: Reduction
 
     @property
@@ -60,13 +63,14 @@ class Part:
         return (np.argwhere(mask) + 0.5) * self.reduction.factor - 0.5
 
 
-def thing_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The pixels that differ from the region's surroundings, as a mask.
+def thing_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """The pixels that differ from the region's surroundings, and what lies beyond those, as two masks.
 
     The surroundings are a colour that is frequent in a ring about the region. Where they are seen they are continued over the rest,
     and what differs from that is the thing: so light may change across them.
 
-    What takes up most of the image's border is no thing, but surrounds what seems to be its surroundings, and is left out.
+    What takes up most of the image's border is no thing, but lies beyond the surroundings: of the eyes in a face, the face is the
+    surroundings, and what is behind the head lies beyond.
 
     Raises:
         NoChange: the region lies in its surroundings, or there is no ring.
@@ -81,11 +85,11 @@ def thing_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) ->
     thing = blur(difference.max(-1), 0.4) > max(DISTINCT, 4 * deviation)
     border = np.zeros_like(thing)
     border[[0, -1]] = border[:, [0, -1]] = True
-    if thing[border].mean() > 0.5:
-        thing &= ~flood(border, thing)
+    beyond = flood(border, thing) if thing[border].mean() > 0.5 else np.zeros_like(thing)
+    thing &= ~beyond
     if (thing & core).sum() < LEAST_PART:
         raise NoChange
-    return thing
+    return thing, beyond
 
 
 def one_color(image: np.ndarray, where: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -113,7 +117,7 @@ def part_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> 
         NoChange: there is none.
     """
     image, region, reduction = reduced(image, region)
-    thing = thing_in(image, region, rng)
+    thing, beyond = thing_in(image, region, rng)
     core = region > 0.5
     radius = _radius(core)
     seeds = np.argwhere(thing & core)
@@ -139,7 +143,7 @@ def part_in(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> 
     _, mask, rest = best
     if mask is None:
         raise NoChange
-    return Part(mask, rest, thing | mask, reduction)
+    return Part(mask, rest, thing | mask, beyond & ~mask, reduction)
 
 
 def reduced(image: np.ndarray, region: np.ndarray) -> tuple[np.ndarray, np.ndarray, Reduction]:
@@ -177,7 +181,9 @@ def cut_out(image: np.ndarray, part: Part) -> np.ndarray:
     inside = mask & ~contour
     if inside.sum() < 3:  # all contour
         inside = mask
-    outside = ~grow(thing, 1) if (~grow(thing, 1)).any() else ~mask
+    outside = ~grow(thing | part.beyond, 1)
+    if not outside.any():
+        outside = ~mask
     attached = grow(rest, 3)  # soft towards the thing, sharp towards the surroundings
     softly = np.clip(2 * blur(mask.astype(np.float32), 1.2) - 0.6, 0, 1)
     softly = _enlarged(np.where(attached, softly, 1), part.reduction)
@@ -191,19 +197,50 @@ def cut_out(image: np.ndarray, part: Part) -> np.ndarray:
 
 
 def without(image: np.ndarray, part: Part, rng: np.random.Generator) -> np.ndarray:
-    """The image with the surroundings of its thing where the part was, and where it mixed with them.
+    """The image with the surroundings of its thing where the part was, and where it mixed with them; and where the thing was cut
+    it gets the contour that it has elsewhere.
 
     Raises:
         NoChange: there are no surroundings to fill it with.
     """
     hole = grow(part.mask, 2) & ~part.rest
-    known = ~grow(part.thing, 2)
+    other = part.thing | part.beyond
+    known = ~grow(other, 2)
     if not (known & grow(hole, 8)).any():
-        known = ~part.thing & ~hole
+        known = ~other & ~hole
     hole, known = enlarged(hole, part.reduction), enlarged(known, part.reduction)
     if not (known & ~hole).any():
         raise NoChange
-    return np.where(hole[..., None], fill(image, hole, known, rng), image)
+    return np.where(
+        hole[..., None], fill(image, hole, known, rng), image + _contour_of_the_cut(image, part)[..., None]
+    )
+
+
+def _contour_of_the_cut(image: np.ndarray, part: Part) -> np.ndarray:
+    """What is to be added to the rest of the thing where the part was cut off, (H, W): its contour.
+
+    Drawings are darker (or brighter) at their edge than a few pixels inside. The difference is the median, for each depth, over the
+    rest's edge nearby; where there is none, as in photographs, nothing is added.
+    """
+    small = image
+    if part.reduction.factor > 1:
+        small = np.asarray(
+            Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8)).reduce(part.reduction.factor)
+        )
+    result = np.zeros(part.mask.shape, np.float32)
+    inside = part.rest & ~grow(~part.thing, CONTOUR)
+    near = grow(part.mask, 4 * CONTOUR)
+    if not (inside & near).any():
+        return np.zeros(image.shape[:2], np.float32)
+    difference = (small - spread(small.astype(np.float32), inside)).mean(-1)
+    before, after = ~part.thing, ~part.rest
+    for depth in range(1, CONTOUR + 1):
+        wider, cut = grow(~part.thing, depth), grow(~part.rest, depth)
+        edge, new = part.rest & wider & ~before & near, part.rest & cut & ~after & grow(part.mask, depth + 1) & ~wider
+        if edge.sum() >= LEAST_PART:
+            result[new] = np.median(difference[edge])
+        before, after = wider, cut
+    return _enlarged(result, part.reduction)
 
 
 def moved(
