@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> dict[str, dict]:
         help="kinds left out, one at a time",
     )
     parser.add_argument("--seed", type=int, default=0, help="of training (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=2000, help="of 24 images (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="of 24 images (default: %(default)s)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="for emoji and datasets")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/emoji", help="for the cells")
     args = parser.parse_args(argv)

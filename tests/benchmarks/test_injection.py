@@ -94,7 +94,7 @@ def test_the_benchmark_on_the_renderer_runs_and_keeps_its_cells(tmp_path, monkey
 def test_the_tools_of_injection_leave_no_traces():
     """What a network finds of regions that were only retouched is little more than it knows from where regions are."""
     ways = {way.__name__: way for way in (*WAYS, injection.blurred)}
-    found = injection.traces(ways, count=450, steps=300)
+    found = injection.traces(ways, count=300, steps=250)
     gain = {name: one["changed"] - one["untouched"] for name, one in found.items()}
     assert gain["blurred"] > 0.15, found  # it can find traces
     assert max(gain[way.__name__] for way in WAYS) < 0.08, found

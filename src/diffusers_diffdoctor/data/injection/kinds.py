@@ -10,7 +10,20 @@ import string
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .parts import NoChange, Part, cut_out, enlarged, laid, moved, one_color, part_in, reduced, thing_in, without
+from .parts import (
+    NoChange,
+    Part,
+    contoured,
+    cut_out,
+    enlarged,
+    laid,
+    moved,
+    one_color,
+    part_in,
+    reduced,
+    thing_in,
+    without,
+)
 from .pixels import blur, fill, flood, grow, sample, shrink
 from .regions import low_noise
 
@@ -72,7 +85,7 @@ def distort(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> 
 def fuse(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Fingers that have grown together, two eyes that are one.
 
-    Gaps of the thing (what a closing adds to it) are filled with the thing's own colours.
+    Gaps of the thing (what a closing adds to it) are filled with the thing's own colours, and get its contour.
     """
     small, place, reduction = reduced(image, region)
     thing, _ = thing_in(small, place, rng)
@@ -93,8 +106,10 @@ def fuse(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.
     if not near.any():
         raise NoChange
     known = one_color(small, near, rng) & grow(hole, 2 * reach + 2) & ~gap
+    closed, where = thing | hole, grow(hole, 1)
     hole, known = enlarged(hole, reduction), enlarged(known, reduction)
-    return joined(image, fill(image, hole, known, rng), hole)
+    new = joined(image, fill(image, hole, known, rng), hole)
+    return contoured(new, image, thing, closed, where, reduction)
 
 
 def melt(image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:

@@ -211,36 +211,41 @@ def without(image: np.ndarray, part: Part, rng: np.random.Generator) -> np.ndarr
     hole, known = enlarged(hole, part.reduction), enlarged(known, part.reduction)
     if not (known & ~hole).any():
         raise NoChange
-    return np.where(
-        hole[..., None], fill(image, hole, known, rng), image + _contour_of_the_cut(image, part)[..., None]
-    )
+    filled = np.where(hole[..., None], fill(image, hole, known, rng), image)
+    return contoured(filled, image, part.thing, part.rest, grow(part.mask, CONTOUR), part.reduction)
 
 
-def _contour_of_the_cut(image: np.ndarray, part: Part) -> np.ndarray:
-    """What is to be added to the rest of the thing where the part was cut off, (H, W): its contour.
+def contoured(
+    new: np.ndarray, old: np.ndarray, before: np.ndarray, after: np.ndarray, where: np.ndarray, reduction: Reduction
+) -> np.ndarray:
+    """The new image, in which a thing has another outline than in the old one, with its contour along that.
 
     Drawings are darker (or brighter) at their edge than a few pixels inside. The difference is the median, for each depth, over the
-    rest's edge nearby; where there is none, as in photographs, nothing is added.
+    old edge nearby; where there is none, as in photographs, nothing changes.
+
+    Args:
+        new, old: (H, W, 3).
+        before, after: the thing's pixels in the old image and in the new one, reduced.
+        where: the new outline is looked for here, reduced.
+        reduction: by which the masks are.
     """
-    small = image
-    if part.reduction.factor > 1:
-        small = np.asarray(
-            Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8)).reduce(part.reduction.factor)
-        )
-    result = np.zeros(part.mask.shape, np.float32)
-    inside = part.rest & ~grow(~part.thing, CONTOUR)
-    near = grow(part.mask, 4 * CONTOUR)
+    inside, near = after & ~grow(~before, CONTOUR), grow(where, 3 * CONTOUR)
     if not (inside & near).any():
-        return np.zeros(image.shape[:2], np.float32)
-    difference = (small - spread(small.astype(np.float32), inside)).mean(-1)
-    before, after = ~part.thing, ~part.rest
+        return new
+    small = old
+    if reduction.factor > 1:
+        picture = Image.fromarray(np.clip(old + 0.5, 0, 255).astype(np.uint8))
+        small = np.asarray(picture.reduce(reduction.factor), np.float32)
+    difference = (small - spread(small, inside)).mean(-1)
+    change = np.zeros(before.shape, np.float32)
+    shallower = ~before, ~after
     for depth in range(1, CONTOUR + 1):
-        wider, cut = grow(~part.thing, depth), grow(~part.rest, depth)
-        edge, new = part.rest & wider & ~before & near, part.rest & cut & ~after & grow(part.mask, depth + 1) & ~wider
-        if edge.sum() >= LEAST_PART:
-            result[new] = np.median(difference[edge])
-        before, after = wider, cut
-    return _enlarged(result, part.reduction)
+        deeper = grow(~before, depth), grow(~after, depth)
+        edge, new_edge = (after & wide & ~narrow for wide, narrow in zip(deeper, shallower))
+        if (edge & near).sum() >= LEAST_PART:
+            change[new_edge & where & ~(before & deeper[0])] = np.median(difference[edge & near])
+        shallower = deeper
+    return new + _enlarged(change, reduction)[..., None]
 
 
 def moved(
