@@ -91,10 +91,12 @@ def test_the_benchmark_on_the_renderer_runs_and_keeps_its_cells(tmp_path, monkey
 
 
 @pytest.mark.slow
-def test_the_tools_of_injection_leave_no_traces():
+@pytest.mark.parametrize("way", [*WAYS, injection.blurred], ids=lambda way: way.__name__)
+def test_the_tools_of_injection_leave_no_traces(way):
     """What a network finds of regions that were only retouched is little more than it knows from where regions are."""
-    ways = {way.__name__: way for way in (*WAYS, injection.blurred)}
-    found = injection.traces(ways, count=300, steps=250)
-    gain = {name: one["changed"] - one["untouched"] for name, one in found.items()}
-    assert gain["blurred"] > 0.15, found  # it can find traces
-    assert max(gain[way.__name__] for way in WAYS) < 0.08, found
+    found = injection.traces({"way": way}, count=300, steps=250)["way"]
+    gain = found["changed"] - found["untouched"]
+    if way is injection.blurred:  # it can find traces
+        assert gain > 0.06, found
+    else:
+        assert gain < 0.03, found
