@@ -204,6 +204,7 @@ def train(rung: str, datasets: dict[str, Path], settings: Settings, seed: int, o
         overwrite_output_dir=True,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
+        map_maximum=255,
         augmentation="light",
         shrink_probability=0.5 if rung == "dynamic" else 0.0,
         augmentation_kwargs={"shrink_below": 0.5},

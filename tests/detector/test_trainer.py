@@ -393,6 +393,14 @@ def test_masks_of_zero_and_one_are_refused_until_they_are_explained(model, tmp_p
         arguments(tmp_path, map_maximum=2)
 
 
+def test_a_faint_pseudo_label_is_a_confidence_and_no_class(model):
+    """Maps with a source are written by stages of the data engine, with 255 for 1.0; a confidence of 1/255 may be their highest."""
+    row = next(iter(red_squares(1)))
+    row["artifact_map"] = row["artifact_map"].point(lambda value: value // 255)
+    labels = ArtifactDetectorCollator(model.config)([row | {"source": "pseudo"}])["labels"]
+    assert labels.max() == pytest.approx(1 / 255)
+
+
 def test_what_does_not_count_is_left_out_of_the_evaluation_of_tensors(tmp_path):
     model, data = tiny_detector(image_size=64), Tensors(3)
     data.labels[:, :, 10:, :] = -1

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from ..images import read_artifact_map, read_image
 from ..seeds import derive_seed
@@ -16,10 +17,10 @@ from .modeling_artifact_detector import normalise_images, resize_images
 from .sampling import DRAW, Draw
 
 
-IMAGE, MAP = "image", "artifact_map"
+IMAGE, MAP, SOURCE = "image", "artifact_map", "source"
 PIXELS, LABELS, SIZES = "pixel_values", "labels", "sizes"
 QUARTER = 4  # the detector's logits, and maps that it wrote, have a quarter of an image's side
-GROUPS = ("category", "generator", "source")  # columns by which an evaluation groups its figures
+GROUPS = ("category", "generator", SOURCE)  # columns by which an evaluation groups its figures
 
 
 class ArtifactDetectorCollator:
@@ -124,7 +125,7 @@ def _read(row: dict[str, Any], map_maximum: int | None = None) -> tuple[torch.Te
                 f"The column `{name}` must hold images, found {type(row.get(name)).__name__}. With `datasets`, cast it: "
                 f'dataset.cast_column("{name}", datasets.Image()).'
             )
-    picture, artifact_map = read_image(row[IMAGE]), read_artifact_map(row[MAP], map_maximum)
+    picture, artifact_map = read_image(row[IMAGE]), read_map(row, map_maximum)
     (width, height), found = picture.size, artifact_map.size
     quarter = (math.ceil(width / QUARTER), math.ceil(height / QUARTER))
     if found not in (picture.size, quarter):
@@ -136,6 +137,13 @@ def _read(row: dict[str, Any], map_maximum: int | None = None) -> tuple[torch.Te
     if found != picture.size:
         values = F.interpolate(values[None], size=(height, width), mode="bilinear", align_corners=False)[0]
     return from_picture(picture), values
+
+
+def read_map(row: dict[str, Any], map_maximum: int | None) -> Image.Image:
+    """The map of a row. One with a `source` is of the house's schema, in which 255 stands for 1.0 even where nothing is above 1."""
+    if map_maximum is None and row.get(SOURCE) is not None:
+        map_maximum = 255
+    return read_artifact_map(row[MAP], map_maximum)
 
 
 def _padded(images: Sequence[torch.Tensor], value: float) -> torch.Tensor:

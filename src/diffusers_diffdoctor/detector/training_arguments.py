@@ -46,7 +46,8 @@ class ArtifactDetectorTrainingArguments(RunArguments):
             batches are seen, each at one drawn from it. Without them all are seen at the detector's `image_size`, as evaluation
             always is.
         map_maximum (`int`, *optional*): the value of 8-bit artifact maps that stands for 1.0: 255 (confidences) or 1 (class
-            indices). Without it 255, and a map whose highest value is 1 is refused, because it could be either.
+            indices). Without it 255, and a map whose highest value is 1 is refused, because it could be either; not in rows with a
+            `source`, which stages of `diffdoctor data` wrote, with 255.
         threshold (`float`, *optional*, defaults to 0.5): confidence, and value of a map, in (0, 1] from which a pixel counts as an
             artifact, and an image with such a pixel as having artifacts.
         worst_cases (`int`, *optional*, defaults to 16): images of highest squared error that an evaluation draws, beside truth and
@@ -118,7 +119,7 @@ class ArtifactDetectorTrainingArguments(RunArguments):
         default=None,
         metadata={
             "help": "Value of 8-bit artifact maps that stands for 1.0: 255 or 1. By default 255, and a highest value of 1 is "
-            "refused."
+            "refused unless the row has a `source`."
         },
     )
     threshold: float = field(

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from ..images import read_artifact_map
-from .collator import IMAGE, LABELS, MAP, PIXELS
+from .collator import IMAGE, LABELS, MAP, PIXELS, read_map
 from .sampling import groups_of
 from .training_arguments import ArtifactDetectorTrainingArguments
 
@@ -116,4 +115,4 @@ class HighestOfMap(torch.utils.data.Dataset):
         row = self.rows[number]
         if LABELS in row:
             return float(row[LABELS].max())
-        return read_artifact_map(row[MAP], self.maximum).getextrema()[1] / 255
+        return read_map(row, self.maximum).getextrema()[1] / 255
