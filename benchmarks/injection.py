@@ -175,7 +175,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--data", nargs="+", choices=DATA, default=list(DATA), help="(default: both)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of training and test (%(default)s)")
     parser.add_argument("--split", choices=["report", "development"], default="report", help="which scenes")
-    parser.add_argument("--scenes", type=int, default=6000, help="for training (default: %(default)s)")
+    parser.add_argument("--scenes", type=int, default=4000, help="for training (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="of 24 scenes (default: %(default)s)")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/injection", help="for the cells")
     args = parser.parse_args(argv)
