@@ -2,18 +2,13 @@
 """A kind of artifact that a generator makes itself: a region painted anew by an inpainting pipeline, from much noise in few steps."""
 
 import functools
-import inspect
-import os
 
 import numpy as np
-import torch
-from PIL import Image
 
-from ...loading import dtype_argument, errors_named
+from ...inpainting import inpainted, load_inpainting_pipeline
 from .parts import NoChange
 
 
-MULTIPLE = 64  # of pixels: no pipeline wants a coarser one
 SAME = 20  # steps of which a retouch takes the last, in which next to nothing changes
 
 
@@ -32,7 +27,6 @@ class Repainter:
         self, pipeline, prompts: tuple[str, ...] = ("",), steps: int = 8, strength: float = 0.9, size: int = 512
     ):
         self.pipeline, self.prompts, self.steps, self.strength, self.size = pipeline, prompts, steps, strength, size
-        self._known = inspect.signature(pipeline.__call__).parameters
 
     def repaint(self, image: np.ndarray, region: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """Whatever the generator gets wrong: hands, faces, text.
@@ -48,33 +42,11 @@ class Repainter:
     def _painted(
         self, image: np.ndarray, region: np.ndarray, rng: np.random.Generator, steps: int, strength: float
     ) -> np.ndarray:
-        height, width = region.shape
-        scale = self.size / max(height, width)
-        size = tuple(max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in (width, height))
-        picture = Image.fromarray(np.clip(image + 0.5, 0, 255).astype(np.uint8)).resize(size, Image.Resampling.LANCZOS)
-        mask = Image.fromarray((region > 0).astype(np.uint8) * 255).resize(size, Image.Resampling.NEAREST)
-        arguments = {
-            "prompt": str(rng.choice(self.prompts)),
-            "image": picture,
-            "mask_image": mask,
-            "width": size[0],
-            "height": size[1],
-            "num_inference_steps": steps,
-            "strength": strength,
-            "generator": torch.Generator("cpu").manual_seed(int(rng.integers(2**31))),
-            "output_type": "np",
-        }
-        with torch.no_grad():
-            drawn = self.pipeline(**{name: value for name, value in arguments.items() if name in self._known}).images[
-                0
-            ]
-        drawn = np.asarray(drawn, np.float32)
-        if not np.isfinite(drawn).all() or not drawn.any():  # black: a safety checker's answer
+        prompt, seed = str(rng.choice(self.prompts)), int(rng.integers(2**31))
+        new = inpainted(self.pipeline, image, region, prompt, steps, strength, self.size, seed)
+        if new is None:
             raise NoChange
-        new = Image.fromarray(np.rint(drawn.clip(0, 1) * 255).astype(np.uint8)).resize(
-            (width, height), Image.Resampling.LANCZOS
-        )
-        return image + region[..., None] * (np.asarray(new, np.float32) - image)
+        return image + region[..., None] * (new - image)
 
 
 @functools.lru_cache(maxsize=1)
@@ -86,9 +58,4 @@ def load_repainter(
     Raises:
         ValueError: it cannot be loaded, or is of no class of `AutoPipelineForInpainting`.
     """
-    from diffusers import AutoPipelineForInpainting
-
-    with errors_named(pipeline, f"`pipeline` {os.fspath(pipeline)!r}"):
-        loaded = AutoPipelineForInpainting.from_pretrained(pipeline, **dtype_argument(getattr(torch, dtype)))
-    loaded.set_progress_bar_config(disable=True)
-    return Repainter(loaded.to(device), prompts, steps, strength, size)
+    return Repainter(load_inpainting_pipeline(pipeline, device, dtype), prompts, steps, strength, size)

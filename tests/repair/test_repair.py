@@ -1,0 +1,120 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoPipelineForInpainting
+from fixtures.pipelines import tiny_flux
+from PIL import Image
+
+from diffusers_diffdoctor.repair import artifact_regions, rank, repair
+
+
+class Red(torch.nn.Module):
+    """Knows what is wrong: what is red."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(()))
+
+    def confidence(self, images):
+        return (images[:, :1] - images[:, 1:].amax(1, keepdim=True)).clamp(0, 1)
+
+
+class Anything(Red):
+    """A judge who likes nothing but the image as it was: gray."""
+
+    def confidence(self, images):
+        return (images - 0.5).abs().amax(1, keepdim=True).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def pipeline():
+    pipeline = AutoPipelineForInpainting.from_pipe(tiny_flux())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def spotted(height=96, width=160):
+    """Gray with a red spot of 9 x 11 pixels."""
+    image = np.full((height, width, 3), 127, np.uint8)
+    image[40:49, 100:111] = (255, 0, 0)
+    return image
+
+
+OPTIONS = {"tries": 2, "steps": 2, "size": 64, "strength": 1.0}
+
+
+def test_what_is_wrong_is_drawn_anew_and_the_rest_stays_to_the_bit(pipeline):
+    image = spotted()
+    done = repair(image, pipeline, Red(), **OPTIONS)
+    new = np.asarray(done.image)
+    assert done.seed is not None and done.after == min(done.tries) < done.before
+    assert done.before == pytest.approx(99 / (96 * 160), rel=1e-6)
+    outside = done.region == 0
+    assert np.array_equal(new[outside], image[outside]) and outside.mean() > 0.95
+    assert (done.region[40:49, 100:111] == 255).all()
+    assert Red().confidence(torch.from_numpy(new).permute(2, 0, 1)[None] / 255)[0, 0, 40:49, 100:111].mean() < 0.9
+
+
+def test_the_same_seed_repairs_alike_and_another_otherwise(pipeline):
+    one, same, other = (repair(spotted(), pipeline, Red(), seed=seed, **OPTIONS) for seed in (0, 0, 1))
+    assert np.array_equal(one.image, same.image) and one.tries == same.tries
+    assert one.tries != other.tries
+
+
+def test_where_no_try_is_better_the_image_stays(pipeline):
+    flat = np.full((64, 64, 3), 127, np.uint8)
+    flat[20:30, 20:30] = (140, 120, 120)
+
+    class Faint(Red):
+        def confidence(self, images):
+            return super().confidence(images) * 10
+
+    done = repair(flat, pipeline, Faint(), Anything(), **OPTIONS)
+    assert len(done.tries) == 2 and min(done.tries) > done.before
+    assert done.seed is None and done.after == done.before and np.array_equal(done.image, flat)
+
+
+def test_a_sound_image_is_not_touched(pipeline):
+    flat = np.full((50, 70, 3), 127, np.uint8)
+    done = repair(Image.fromarray(flat), pipeline, Red(), **OPTIONS)
+    assert done.tries == () and done.seed is None and not done.region.any() and np.array_equal(done.image, flat)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"tries": 0}, "`tries`.*0"),
+        ({"strength": 0.0}, "`strength`.*0.0"),
+        ({"size": 100}, "`size`.*100"),
+        ({"threshold": 0.0}, "`threshold`.*0.0"),
+        ({"growth": -0.1}, "`growth`.*-0.1"),
+    ],
+)
+def test_wrong_arguments_are_named(options, named, pipeline):
+    with pytest.raises(ValueError, match=named):
+        repair(spotted(), pipeline, Red(), **OPTIONS | options)
+
+
+def test_regions_are_grown_and_fall_off():
+    confidence = torch.zeros(100, 200)
+    confidence[50, 100] = 0.6
+    region = artifact_regions(confidence, growth=0.03, feather=0.04)
+    assert region[50, 100:103].tolist() == [1, 1, 1] and region[50, 103] == 1
+    assert region[50, 104:109].tolist() == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0])
+    assert not artifact_regions(confidence, threshold=0.7).any()
+
+
+def test_images_are_ranked_by_confidence_then_area():
+    images = torch.full((4, 3, 8, 8), 0.5)
+    images[0, 0, :2] = 1.0  # 0.5 on 16 pixels
+    images[1, 0, 0, 0] = 0.9
+    images[2, 0, :1] = 1.0
+    ranked = rank(images, Red(), threshold=0.3)
+    assert [one.index for one in ranked] == [3, 1, 2, 0]
+    assert ranked[-1].max_confidence == 0.5 and ranked[-1].area_ratio == 0.25
+    pictures = [Image.fromarray((image.permute(1, 2, 0).numpy() * 255).astype(np.uint8)) for image in images]
+    assert [one.index for one in rank(pictures, Red(), 0.3)] == [3, 1, 2, 0]
+    for wrong in ({"images": []}, {"images": images, "threshold": 0}):
+        with pytest.raises(ValueError, match=r"`images`|`threshold`"):
+            rank(detector=Red(), **wrong)
