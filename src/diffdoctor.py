@@ -23,6 +23,7 @@ from types import ModuleType
 COMMANDS = {
     "diagnose": "find the artifacts in images: heatmaps, a ranked report, the cleanest images",
     "treat": "train a LoRA against a detector and report before and after",
+    "repair": "draw anew what a detector marks in images, by any inpainting pipeline",
     "export-lora": "write a treated LoRA in the layout that ComfyUI, AUTOMATIC1111 and others read",
     "train-detector": "train a detector on labelled images, from a pretrained encoder or from nothing",
     "evaluate-detector": "measure a detector on labelled images: figures by category and generator, its worst mistakes",

@@ -1,4 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -6,6 +9,9 @@ from diffusers import AutoPipelineForInpainting
 from fixtures.pipelines import tiny_flux
 from PIL import Image
 
+from diffdoctor import main
+from diffusers_diffdoctor.images import read_image
+from diffusers_diffdoctor.miniature.renderer import render, sample_scene
 from diffusers_diffdoctor.repair import artifact_regions, rank, repair
 
 
@@ -118,3 +124,51 @@ def test_images_are_ranked_by_confidence_then_area():
     for wrong in ({"images": []}, {"images": images, "threshold": 0}):
         with pytest.raises(ValueError, match=r"`images`|`threshold`"):
             rank(detector=Red(), **wrong)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    tiny_flux().save_pretrained(folder)
+    return str(folder)
+
+
+def test_files_are_repaired_counted_and_done_once(tmp_path, saved, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        scene = render(sample_scene(rng, category="hand", artifact="watermark"))[0]
+        Image.fromarray(scene).save(images / f"{number}.png")
+    Image.new("RGB", (64, 64), (90, 90, 90)).save(images / "flat.png")
+    (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:300])
+    command = ["repair", str(images), "-o", str(tmp_path / "out"), "--detector", "miniature", "--pipeline", saved]
+    command += ["--tries", "2", "--steps", "2", "--size", "64", "--device", "cpu"]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "out/repair.jsonl").read_text().splitlines()]
+    assert "5 found" in told and "1 quarantined" in told and len(rows) == 4
+    assert [Path(row["path"]).name for row in rows] == ["0.png", "1.png", "2.png", "flat.png"]
+    assert rows[3]["tries"] == [] and rows[3]["repaired"] is None
+    for row in rows[:3]:
+        kept = (tmp_path / "out" / row["repaired"]) if row["repaired"] else None
+        assert (kept is None) == (row["seed"] is None) == (row["after"] == row["before"])
+        assert kept is None or read_image(kept).size == (64, 64)
+    assert "broken.png" in (tmp_path / "out/quarantine.jsonl").read_text()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/repaired").iterdir()}
+    assert main(command) == 0
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out/repaired").iterdir()}
+    assert main([*command, "--seed", "1"]) == 0
+    assert before != {path: path.stat().st_mtime_ns for path in (tmp_path / "out/repaired").iterdir()}
+
+
+def test_wrong_flags_are_named_before_anything_is_loaded(tmp_path, capsys):
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png")
+    command = ["repair", str(tmp_path), "-o", str(tmp_path / "out"), "--detector", "none", "--pipeline", "none"]
+    assert main([*command, "--tries", "0"]) != 0
+    assert "`tries` must be at least 1, got 0" in capsys.readouterr().err
+    assert main(["repair", str(tmp_path / "nothing"), *command[2:]]) != 0
+    assert "nothing" in capsys.readouterr().err

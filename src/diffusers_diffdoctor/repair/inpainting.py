@@ -40,6 +40,29 @@ class Repaired:
         return min((self.before, *self.tries))
 
 
+def check_repair(
+    threshold: float = 0.5,
+    growth: float = 0.02,
+    feather: float = 0.01,
+    tries: int = 1,
+    strength: float = 1.0,
+    steps: int = 1,
+    size: int = 64,
+) -> None:
+    """A `ValueError` that names what is out of its range."""
+    for name, value in (("threshold", threshold), ("strength", strength)):
+        if not 0 < value <= 1:
+            raise ValueError(f"`{name}` must lie in (0, 1], got {value}.")
+    for name, value in (("growth", growth), ("feather", feather)):
+        if not 0 <= value <= 1:
+            raise ValueError(f"`{name}` must lie in [0, 1], got {value}.")
+    for name, value in (("tries", tries), ("steps", steps)):
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    if size < 64 or size % 64:
+        raise ValueError(f"`size` must be a multiple of 64, got {size}.")
+
+
 def artifact_regions(
     confidence: torch.Tensor, threshold: float = 0.5, growth: float = 0.02, feather: float = 0.01
 ) -> torch.Tensor:
@@ -54,9 +77,7 @@ def artifact_regions(
     Returns:
         (H, W) in [0, 1]: 1 in the grown regions, falling to 0 over the feather, 0 beyond.
     """
-    for name, value, low in (("threshold", threshold, 1e-9), ("growth", growth, 0), ("feather", feather, 0)):
-        if not low <= value <= 1:
-            raise ValueError(f"`{name}` must lie in {'(0' if low else '[0'}, 1], got {value}.")
+    check_repair(threshold=threshold, growth=growth, feather=feather)
     side = min(confidence.shape)
     wrong = (confidence >= threshold).float()[None, None]
     grown, edge = dilate(wrong, round(growth * side)), round(feather * side)
@@ -105,12 +126,7 @@ def repair(
         ValueError: an argument out of its range.
         UnreadableImage: a file that cannot be read.
     """
-    if tries < 1:
-        raise ValueError(f"`tries` must be at least 1, got {tries}.")
-    if not 0 < strength <= 1:
-        raise ValueError(f"`strength` must lie in (0, 1], got {strength}.")
-    if steps < 1 or size < 64 or size % 64:
-        raise ValueError(f"`steps` must be at least 1 and `size` a multiple of 64, got {steps} and {size}.")
+    check_repair(threshold, growth, feather, tries, strength, steps, size)
     picture = read_image(image)
     region = artifact_regions(_confidence(detector, picture), threshold, growth, feather).cpu().numpy()
     judge = judge or detector
