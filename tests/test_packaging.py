@@ -119,10 +119,10 @@ def test_wheel_holds_all_the_package_and_nothing_else(tmp_path):
 FLOORS = [
     {"disk", "files", "seeds"},
     {"images", "loading", "names", "pictures"},
-    {"training", "evaluation.metrics", "evaluation.detector_figures", "treatment.losses"},
+    {"training", "inpainting", "evaluation.metrics", "evaluation.detector_figures", "treatment.losses"},
     {"detector"},
     {"rewards", "evaluation", "rollout"},
-    {"treatment", "data"},
+    {"treatment", "data", "repair"},
     {"miniature"},
     {"cli"},
 ]
