@@ -165,7 +165,8 @@ def table(cells: dict[str, list[dict]]) -> str:
     ]
     for row in rows:
         means = [statistics.fmean(cell["figures"][row]["pixel_ap"] for cell in some) for some in cells.values()]
-        share = f"{100 * means[1] / means[0]:.0f} %" if len(means) > 1 else "-"
+        found = dict(zip(cells, means))
+        share = f"{100 * found['injection'] / found['truth']:.0f} %" if len(found) > 1 else "-"
         lines.append(f"| {row} | " + " | ".join(f"{mean:.3f}" for mean in means) + f" | {share} |")
     return "\n".join(lines)
 
