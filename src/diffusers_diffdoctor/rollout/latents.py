@@ -35,12 +35,14 @@ class LatentMap:
         """Latents (R, *latent_shape) -> (R, *input_shape), float32. Without the offset: for differences of latents."""
         return (self.scale * latents.float().flatten(1)[:, self.order]).view(-1, *self.input_shape)
 
+    def send(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents (R, *latent_shape) -> decoder inputs (R, *input_shape), float32."""
+        return self.apply(latents) + self.shift.view(self.input_shape)
+
     def invert(self, decoder_input: torch.Tensor) -> torch.Tensor:
         """Decoder inputs (R, ...) -> latents (R, *latent_shape), float32, as the denoiser sees them at zero noise."""
         values = (decoder_input.float().flatten(1) - self.shift) / self.scale
-        latents = torch.empty_like(values)
-        latents[:, self.order] = values
-        return latents.view(-1, *self.latent_shape)
+        return values[:, self.order.argsort()].view(-1, *self.latent_shape)
 
 
 class NotInvertible(ValueError):

@@ -70,9 +70,8 @@ def own_images(returned: Any, pixels: torch.Tensor, size: tuple[int, int], count
         )
     images = returned
     if isinstance(pixels, torch.Tensor) and pixels.shape == returned.shape:
-        centred = pixels * 0.5 + 0.5
-        if _same(returned, centred.clamp(0, 1)) or _same(returned, pixels) or _same(returned, pixels.clamp(-1, 1)):
-            images = _StraightThroughClamp.apply(centred)
+        if any(_same(returned, one) for one in ((pixels * 0.5 + 0.5).clamp(0, 1), pixels, pixels.clamp(-1, 1))):
+            images = shown(pixels)
     low, high = images.min().item(), images.max().item()
     if not (-1e-3 <= low and high <= 1 + 1e-3):
         raise ValueError(
@@ -91,10 +90,18 @@ def _as_images(value: Any) -> Any:
     """Pictures of a video decoder lose their one frame; lists of pictures are stacked."""
     if isinstance(value, (list, tuple)) and value and all(isinstance(entry, torch.Tensor) for entry in value):
         value = torch.stack(list(value)) if value[0].ndim == 3 else torch.cat(list(value))
-    if isinstance(value, torch.Tensor) and value.ndim == 5:
-        frames = next((dim for dim in (2, 1) if value.shape[dim] == 1), None)
-        return value if frames is None else value.squeeze(frames)
-    return value
+    return without_frames(value) if isinstance(value, torch.Tensor) else value
+
+
+def shown(pixels: torch.Tensor) -> torch.Tensor:
+    """What a decoder returned, about [-1, 1], as an image in [0, 1]; the gradient passes through the clamp."""
+    return _StraightThroughClamp.apply(pixels * 0.5 + 0.5)
+
+
+def without_frames(pixels: torch.Tensor) -> torch.Tensor:
+    """Videos of one frame, (B, C, 1, H, W) or (B, 1, C, H, W), as images; whatever else as it is."""
+    frames = next((dim for dim in (2, 1) if pixels.ndim == 5 and pixels.shape[dim] == 1), None)
+    return pixels if frames is None else pixels.squeeze(frames)
 
 
 @torch.no_grad()

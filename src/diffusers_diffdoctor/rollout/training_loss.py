@@ -18,6 +18,7 @@ from .call import PipelineCall, Reached, decoders, for_each, replaced
 from .drift import prediction_of
 from .latents import LatentMap, NotInvertible, encode, measure_latent_map
 from .noise import LevelScheduler, add_noise, is_flow
+from .output import shown, without_frames
 from .prompts import NotRemembered, RememberedPrompts
 
 
@@ -157,6 +158,15 @@ class TrainingLoss:
                 "them to the size of the rollout."
             )
         return self._map.invert(encoded)
+
+    def decode(self, sample: torch.Tensor) -> torch.Tensor:
+        """Clean latents (R, ...), as the scheduler's step is given them -> images (R, 3, H, W) in [0, 1]. Differentiable."""
+        decoder_input = self._map.send(self._layout.invert(sample))
+        modules = decoders(self.pipeline)
+        if modules:
+            weight = next(modules[0].parameters())
+            decoder_input = modules[0].decode(decoder_input.to(weight.device, weight.dtype), return_dict=False)[0]
+        return shown(without_frames(decoder_input).float())
 
     # --- the loss ----------------------------------------------------------------------------------------------------------
 
