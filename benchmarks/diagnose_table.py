@@ -13,7 +13,7 @@ weights for as many steps:
     photos         + photographs
     mined          + hard cases that `mine` chose with the detector of `photos`
     random         + as many cases chosen by chance: the control that the paper omits
-    pseudo         mined + pseudo-labels of the rest of the pool, by the detector of `mined`
+    pseudo         mined + pseudo-labels of the rest of the pool, by the detector of `mined`, of which only confidences from 0.5 count
     dynamic        the same with dynamic augmentation: the robust detector
     injected       injection into photographs and the pool's sound images alone, no annotation at all
 
@@ -161,7 +161,7 @@ class World:
 
     def pseudo(self) -> Path:
         self.hard(at_random=False)
-        stage = Label.by(str(self.detector_of("mined")), batch_size=100, full_size=True)
+        stage = Label.by(str(self.detector_of("mined")), batch_size=100, full_size=True, floor=0.5)
         run_stage(stage, find_shards(self.cache / "mined", "simple"), self.cache / "pseudo", show_progress=False)
         return self.cache / "pseudo"
 

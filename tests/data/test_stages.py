@@ -180,6 +180,20 @@ def test_maps_of_full_size_are_those_of_confidence(pool, detector, tmp_path):
         assert np.abs(difference).max() < 0.02
 
 
+def test_what_is_below_the_floor_is_labelled_sound(pool, detector, tmp_path):
+    run_stage(Label.by(detector), find_shards(pool), tmp_path / "all", show_progress=False)
+    whole = [pixels(row["artifact_map"]) for row in rows_of(tmp_path / "all")]
+    floor = float(np.median(whole[0])) / 255
+    run_stage(Label.by(detector, floor=floor), find_shards(pool), tmp_path / "floor", show_progress=False)
+    cut = [pixels(row["artifact_map"]) for row in rows_of(tmp_path / "floor")]
+    for before, after in zip(whole, cut):
+        sure, faint = before > 255 * floor + 1, before < 255 * floor - 1  # values are rounded to 8 bits
+        assert (after[sure] == before[sure]).all() and not after[faint].any()
+    assert any((before < 255 * floor - 1).any() for before in whole)
+    with pytest.raises(ValueError, match=r"`floor` must lie in \[0, 1\], got 2"):
+        Label.by(detector, floor=2)
+
+
 def test_threads_and_ranks_change_no_byte(pool, detector, tmp_path):
     shards, made = find_shards(pool), {}
     for name, decoders, world in (("a", 1, 1), ("b", 5, 1), ("c", 2, 3)):

@@ -19,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full-size", action="store_true", help="store maps at the size of images, not a quarter of the side"
     )
+    parser.add_argument(
+        "--floor",
+        type=float,
+        default=0.0,
+        help="confidence in [0, 1] below which a pixel is labelled sound, so that faint doubts are not taught (default: %(default)s)",
+    )
     add_looking(parser)
     add_output(parser, workers=False)
 
@@ -27,7 +33,6 @@ def run(args: argparse.Namespace) -> int:
     from ..data import Label
 
     shards = shards_of(args.dataset)
-    stage = Label.by(
-        *detectors_of(args), **looking(args), tile=args.tile, relabel=args.relabel, full_size=args.full_size
-    )
+    options = {name: getattr(args, name) for name in ("tile", "relabel", "full_size", "floor")}
+    stage = Label.by(*detectors_of(args), **looking(args), **options)
     return run_stage_of(args, stage, shards, **place(args))

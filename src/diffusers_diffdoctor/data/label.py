@@ -27,13 +27,21 @@ class Label(DetectorStage):
         relabel: also replace better labels.
         full_size: store maps at the size of their images instead of a quarter of the side: for small images, and detectors that
             tell apart more than SegFormer's logits do.
+        floor: confidence in [0, 1] below which a pixel is labelled sound, as 0; ours. A detector that is trained on another's faint
+            doubts learns to doubt everywhere. 0 keeps all.
     """
 
     tile: bool = False
     relabel: bool = False
     full_size: bool = False
+    floor: float = 0.0
 
     name: ClassVar[str] = "label"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.floor <= 1:
+            raise ValueError(f"`floor` must lie in [0, 1], got {self.floor}.")
 
     def skips(self, row: Row) -> bool:
         return row["artifact_map"] is not None and row["source"] not in (None, "pseudo") and not self.relabel
@@ -48,6 +56,7 @@ class Label(DetectorStage):
             maps = F.interpolate(maps, (height, width), mode="bilinear", antialias=True)[:, 0]
         else:
             maps = confidence_maps(model, images, (height, width))
+        maps = maps.masked_fill(maps < self.floor, 0)
         return (maps * 255).round().byte().cpu().numpy()
 
     def answer(self, row: Row, seen: np.ndarray, position: int) -> Result:
