@@ -99,6 +99,30 @@ def read_artifact_map(source: ImageSource, maximum: int | None = None) -> Image.
     return Image.fromarray(array)
 
 
+def read_class_indices(source: str | os.PathLike | BinaryIO) -> np.ndarray:
+    """The values of a mask as its file has them: an index for each pixel, turned as its EXIF orientation says.
+
+    Args:
+        source: as for [`read_image`]: 8-bit gray, a palette (of which the indices count, not the colours), booleans (as 0 and 255),
+            or RGB whose channels are the same.
+
+    Returns:
+        uint8 (H, W).
+
+    Raises:
+        ValueError: other channels or another depth; and what [`read_image`] raises.
+    """
+    with _opened(source) as image:
+        if image.mode not in ("1", "L", "P", "RGB"):
+            raise ValueError(f"A mask must have one channel of 8 bits, found mode {image.mode}.")
+        array = _to_8_bits(np.asarray(ImageOps.exif_transpose(image)))
+    if array.ndim == 3:
+        if (array != array[..., :1]).any():
+            raise ValueError("A mask must have one channel of 8 bits, found colours.")
+        array = array[..., 0]
+    return array
+
+
 def to_image_tensor(image: ImageSource, size: tuple[int, int] | None = None) -> torch.Tensor:
     """A picture, read by [`read_image`], as float (3, height, width) in [0, 1].
 

@@ -10,6 +10,7 @@ from typing import Any
 
 # stage -> what it does
 STAGES = {
+    "import": "annotations that exist, of RichHF-18K, PAL4VST, COCO and others, as rows of one schema",
     "photos": "real photographs, from a folder or a dataset, as rows without artifacts",
     "inject": "artifacts without annotators: a share of sound images is spoiled, and it is known where",
     "label": "a detector's own maps for images without a better label",

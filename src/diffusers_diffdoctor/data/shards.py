@@ -162,15 +162,7 @@ def find_shards(dataset: str | os.PathLike, split: str = DEFAULT_SPLIT, number: 
         FileNotFoundError: there is no such folder or dataset.
         ValueError: it has no Parquet file, no such split, no column `image`, or a file that is no whole Parquet file.
     """
-    path = Path(dataset)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
-        _refuse_unfinished(path)
-        files = _parquet_files(path)
-    else:
-        files = _download(os.fspath(dataset), split)
-    chosen = _of_split(files, split, os.fspath(dataset))
+    chosen = parquet_files(dataset, split)
     shards, first = [], 0
     for file in chosen:
         try:
@@ -184,6 +176,19 @@ def find_shards(dataset: str | os.PathLike, split: str = DEFAULT_SPLIT, number: 
     if not first:
         raise ValueError(f"{os.fspath(dataset)!r} has no rows.")
     return shards
+
+
+def parquet_files(dataset: str | os.PathLike, split: str | None = None) -> list[Path]:
+    """The Parquet files of a dataset in the order of their names, of all splits without one. See [`find_shards`]."""
+    path = Path(dataset)
+    if path.is_file():
+        files = [path]
+    elif path.is_dir():
+        _refuse_unfinished(path)
+        files = _parquet_files(path)
+    else:
+        return _download(os.fspath(dataset), split)
+    return _of_split(files, split, os.fspath(dataset))
 
 
 def find_or_load_shards(
@@ -239,7 +244,7 @@ def _refuse_unfinished(folder: Path) -> None:
         )
 
 
-def _of_split(files: Sequence[Path], split: str, dataset: str) -> list[Path]:
+def _of_split(files: Sequence[Path], split: str | None, dataset: str) -> list[Path]:
     if not files:
         raise ValueError(
             f"{dataset!r} has no Parquet file. Image files become a dataset by `diffdoctor data photos`; any other dataset of "
@@ -247,7 +252,7 @@ def _of_split(files: Sequence[Path], split: str, dataset: str) -> list[Path]:
         )
     splits = {file: match[1] for file in files if (match := re.fullmatch(r"(\w+)-\d+(-of-\d+)?\.parquet", file.name))}
     named = sorted(set(splits.values()))
-    if len(splits) < len(files) or named == []:
+    if split is None or len(splits) < len(files) or named == []:
         return list(files)
     chosen = [file for file in files if splits[file] == split]
     if not chosen:
@@ -257,7 +262,7 @@ def _of_split(files: Sequence[Path], split: str, dataset: str) -> list[Path]:
     return chosen
 
 
-def _download(dataset: str, split: str) -> list[Path]:
+def _download(dataset: str, split: str | None) -> list[Path]:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -297,20 +302,27 @@ def split_name(text: str) -> tuple[str, str]:
 
 def group_files(files: Sequence[tuple[Path, str]], shard_megabytes: float, number: int = 0) -> list[FileShard]:
     """Files in groups of about `shard_megabytes`, in order; a file that is gone counts as empty."""
-    shards, group, sizes, first = [], [], [], 0
-    for path, name in files:
+    sizes = []
+    for path, _ in files:
         try:
-            size = path.stat().st_size
+            sizes.append(path.stat().st_size)
         except OSError:
-            size = 0
-        if group and sum(sizes) + size > shard_megabytes * MEGABYTE:
-            shards.append(FileShard(tuple(group), tuple(sizes), first, number))
-            first, group, sizes = first + len(group), [], []
-        group.append((path, name))
-        sizes.append(size)
-    if group:
-        shards.append(FileShard(tuple(group), tuple(sizes), first, number))
-    return shards
+            sizes.append(0)
+    return [
+        FileShard(tuple(files[begin:end]), tuple(sizes[begin:end]), begin, number)
+        for begin, end in ranges_of_size(sizes, shard_megabytes)
+    ]
+
+
+def ranges_of_size(sizes: Sequence[int], megabytes: float) -> list[tuple[int, int]]:
+    """Ranges [begin, end) of neighbours whose sizes in bytes add up to at most `megabytes`, or that are one that is larger."""
+    ranges, begin, total = [], 0, 0
+    for number, size in enumerate(sizes):
+        if number > begin and total + size > megabytes * MEGABYTE:
+            ranges.append((begin, number))
+            begin, total = number, 0
+        total += size
+    return [*ranges, (begin, len(sizes))] if sizes else []
 
 
 # --- writing -------------------------------------------------------------------------------------------------------------------
