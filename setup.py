@@ -44,6 +44,7 @@ EXTRAS = {
         "tensorboard>=2.18",
         "ftfy>=6.3",
         "scipy>=1.13",
+        "pycocotools>=2.0.8",
         "torchao>=0.16",
         "datatrove>=0.10",
     ],

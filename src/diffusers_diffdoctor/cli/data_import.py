@@ -11,7 +11,11 @@ from .data import add_output, run_stage_of
 FORMATS = {
     "richhf": ("RichHF-18K, with images of Pick-a-Pic", "a TFRecord file, or a folder with some"),
     "pal4vst": ("PAL4VST", "the folder with `images` and `labels`"),
+    "had": ("the Human Artifact Dataset", "the folder with `annotations` and `images`"),
+    "synthscars": ("SynthScars", "the JSON file"),
     "folders": ("images and masks of the same names", "the folder of the images"),
+    "coco": ("a COCO file with polygons or masks", "the JSON file"),
+    "label-studio": ("an export of Label Studio with brushes, polygons or rectangles", "the JSON file"),
 }
 
 
@@ -62,12 +66,26 @@ def _richhf(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _split(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--split", default="train", metavar="NAME", help="that is imported (default: %(default)s)")
+def _split(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--split", default=default, metavar="NAME", help="that is imported (default: %(default)s)")
+
+
+def _images(parser: argparse.ArgumentParser, default: str = "that of SOURCE") -> None:
+    parser.add_argument("--images", metavar="DIR", help=f"folder of the images (default: {default})")
+
+
+def _regions(parser: argparse.ArgumentParser) -> None:
+    for name, what in (
+        ("labels", "artifacts (default: all that are not named below)"),
+        ("ignore", "not to count, such as unsure"),
+        ("skip", "no matter"),
+    ):
+        flag = "--labels" if name == "labels" else f"--{name}-labels"
+        parser.add_argument(flag, nargs="+", default=[], metavar="NAME", help=f"regions of these names are {what}")
 
 
 def _pal4vst(parser: argparse.ArgumentParser) -> None:
-    _split(parser)
+    _split(parser, "train")
     parser.add_argument(
         "--artifact",
         type=int,
@@ -95,4 +113,40 @@ def _folders(parser: argparse.ArgumentParser) -> None:
     )
 
 
-OPTIONS = {"richhf": _richhf, "pal4vst": _pal4vst, "folders": _folders}
+def _had(parser: argparse.ArgumentParser) -> None:
+    _split(parser, "train_ALL")
+    _images(parser, "`images` of SOURCE")
+    for level in ("mild", "severe"):
+        parser.add_argument(
+            f"--{level}", type=float, default=1.0, help=f"value of a {level} artifact, 0 to 1 (default: %(default)s)"
+        )
+    parser.add_argument(
+        "--humans",
+        default="ignore",
+        choices=("ignore", "artifact", "skip"),
+        help="what the box of a person says who lacks a part or has one too many: it does not count, it is an artifact, or nothing "
+        "(default: %(default)s)",
+    )
+
+
+def _coco(parser: argparse.ArgumentParser) -> None:
+    _images(parser)
+    _regions(parser)
+
+
+def _label_studio(parser: argparse.ArgumentParser) -> None:
+    _coco(parser)
+    parser.add_argument(
+        "--image-key", default="image", metavar="KEY", help="of the image in a task's data (default: %(default)s)"
+    )
+
+
+OPTIONS = {
+    "richhf": _richhf,
+    "pal4vst": _pal4vst,
+    "had": _had,
+    "synthscars": _images,
+    "folders": _folders,
+    "coco": _coco,
+    "label-studio": _label_studio,
+}

@@ -13,7 +13,7 @@ import numpy as np
 from ...images import read_class_indices
 from ..shards import SHARD_MEGABYTES
 from .folders import paired
-from .reader import IGNORE_COLUMN, IGNORED, ImageFolder, ItemShard, Reader, group_items
+from .reader import IGNORE_COLUMN, IGNORED, ImageFolder, ItemShard, Reader, group_items, split_folder
 
 
 IGNORE = 255
@@ -50,21 +50,6 @@ class Pal4vst(Reader):
         values = read_class_indices(annotation)
         artifact, ignored = masks_of(values, self.artifact)
         return {"artifact_map": artifact * np.uint8(255), IGNORED: ignored}
-
-
-def split_folder(source: Path, kind: str, split: str) -> Path:
-    """`source/kind/split`.
-
-    Raises:
-        FileNotFoundError: there is none; the splits there are, are named.
-    """
-    folder = source / kind / split
-    if not folder.is_dir():
-        top = source / kind
-        there = sorted(path.name for path in top.iterdir() if path.is_dir()) if top.is_dir() else []
-        remedy = f"`split` can be {', '.join(there)}" if there else f"expected was the folder {str(top)!r}"
-        raise FileNotFoundError(f"There is no folder {str(folder)!r}: {remedy}.")
-    return folder
 
 
 def masks_of(values: np.ndarray, artifact: int | None = None) -> tuple[np.ndarray, np.ndarray]:

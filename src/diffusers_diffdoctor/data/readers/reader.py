@@ -227,9 +227,31 @@ def read_json(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}.")
     try:
-        return json.loads(read_regular_file(path))
+        return parse_json(read_regular_file(path))
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r} is {error}") from error
+
+
+def parse_json(content: bytes) -> Any:
+    try:
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r} is no JSON: {error}") from error
+        raise ValueError(f"no JSON: {error}") from error
+
+
+def split_folder(source: Path, kind: str, split: str) -> Path:
+    """`source/kind/split`.
+
+    Raises:
+        FileNotFoundError: there is none; the splits there are, are named.
+    """
+    folder = source / kind / split
+    if not folder.is_dir():
+        top = source / kind
+        there = sorted(path.name for path in top.iterdir() if path.is_dir()) if top.is_dir() else []
+        remedy = f"`split` can be {', '.join(there)}" if there else f"expected was the folder {str(top)!r}"
+        raise FileNotFoundError(f"There is no folder {str(folder)!r}: {remedy}.")
+    return folder
 
 
 class ImageFolder:
@@ -243,15 +265,17 @@ class ImageFolder:
     def __init__(self, folder: Path, excluded: Iterable[Path] = ()):
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder of images {str(folder)!r}.")
-        top = folder.absolute()
-        self.found = find_images([top], excluded)
-        self.files = {path.relative_to(top).as_posix(): path for path in self.found.images}
-        self.skipped = {
-            one.path.relative_to(top).as_posix(): one.reason for one in self.found.skipped if one.may_hide_images
-        }
+        self.top = folder.absolute()
+        found = find_images([self.top], excluded)
+        self.files = {self.name_of(path): path for path in found.images}
+        self.skipped = {self.name_of(one.path): one.reason for one in found.skipped if one.may_hide_images}
         self._by_name: dict[str, list[str]] = {}
         for name in self.files:
             self._by_name.setdefault(name.rpartition("/")[2], []).append(name)
+
+    def name_of(self, path: Path) -> str:
+        """The path in the folder: where that lies is nobody's business."""
+        return path.relative_to(self.top).as_posix()
 
     def find(self, name: Any) -> tuple[Path | None, str | None]:
         """(the file, None), or (None, why there is none).
@@ -274,4 +298,6 @@ class ImageFolder:
 def item_of(images: ImageFolder, name: Any, annotation: Any) -> Item:
     """The item of an annotation that names its image."""
     path, problem = images.find(name)
+    if path is not None:
+        name = images.name_of(path)
     return Item(name if isinstance(name, str) and name else "?", path, annotation, problem)
