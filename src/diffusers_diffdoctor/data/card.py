@@ -38,6 +38,7 @@ Data for artifact detectors, made by the stage `{stage}` of `diffusers-diffdocto
 |---|---|
 | `image` | the image |
 | `artifact_map` | 8-bit gray, 255 = certainly an artifact, 0 = sound; of the image's size, or of a quarter of its side. Missing where the image is not labelled |
+| `ignore_map` | where there is one: 8-bit gray, 255 = the pixel does not count |
 | `prompt` | what the generator was asked for |
 | `category` | what is in the image, any number of names |
 | `generator` | id of the model that made the image |

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Features, List, Value
 
+from ..detector.augmentation import from_picture, without_ignored
 from ..detector.modeling_artifact_detector import normalise_images
 from ..detector.tiling import tiled_confidence
 from ..evaluation.detector_figures import SHOWN, START, DetectorFigures, count_images, figure_table
@@ -24,7 +25,7 @@ from ..images import to_image_tensor
 from ..names import shortened
 from ..pictures import heatmap_overlay, image_grid
 from .by_detector import DetectorStage
-from .schema import Row, decode_image, decode_map
+from .schema import Row, decode_ignore_map, decode_image, decode_map
 from .shards import Quarantined, Shard, rows_at
 from .stage import DATA, LEFT_OUT, MARKERS, Result, row_name, run_stage
 
@@ -86,9 +87,9 @@ class Compare(DetectorStage):
 
 
 def true_map(row: Row) -> torch.Tensor:
-    """The map of a labelled row as float (1, 1, H, W) in [0, 1], at its own size."""
-    image = decode_image(row)
-    return torch.from_numpy(np.array(decode_map(row, image.size)))[None, None].float() / 255
+    """The map of a labelled row as float (1, 1, H, W), at its own size: in [0, 1], or -1 where a pixel does not count."""
+    size = decode_image(row).size
+    return without_ignored(from_picture(decode_map(row, size)), decode_ignore_map(row, size))[None]
 
 
 def confidence_at(logits: np.ndarray, truth: torch.Tensor) -> torch.Tensor:
@@ -191,7 +192,7 @@ def _draw(stage: Compare, shards: Sequence[Shard], worst: Sequence[_Worst]) -> l
 def _picture(stage: Compare, row: Row, figure: float) -> Picture:
     truth, image = true_map(row), to_image_tensor(decode_image(row))[None]
     confidence = confidence_at(stage.look(stage.models(), image.to(stage.device))[0], truth)
-    maps = [F.interpolate(one, image.shape[-2:], mode="nearest") for one in (truth, confidence)]
+    maps = [F.interpolate(one, image.shape[-2:], mode="nearest") for one in (truth.clamp(min=0), confidence)]
     tiles = [image[0], *(heatmap_overlay(image, one)[0] for one in maps)]
     names = ", ".join(row["category"])
     note = f"{figure:.3f} nats a pixel; highest confidence {confidence.max():.2f}" + (f"; {names}" if names else "")

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from datasets import Features
 
-from .schema import FEATURES, Row, decode_image, decode_map
+from .schema import FEATURES, OPTIONAL, Row, decode_ignore_map, decode_image, decode_map
 from .shards import Quarantined, Shard
 from .stage import LEFT_OUT, Result, Stage, row_name
 
@@ -28,7 +28,8 @@ class Merge(Stage):
     name: ClassVar[str] = "merge"
 
     def features(self, shard: Shard) -> Features:
-        return Features(FEATURES | {name: shard.features[name] for name in self.columns_kept})
+        own = shard.features
+        return Features(FEATURES | {name: OPTIONAL.get(name) or own[name] for name in self.columns_kept})
 
     def process(self, rows: Iterator[Row], shard: Shard) -> Iterator[Result]:
         share = self.shares[shard.dataset]
@@ -37,7 +38,9 @@ class Merge(Stage):
                 yield LEFT_OUT
                 continue
             try:
-                decode_map(row, decode_image(row).size)
+                size = decode_image(row).size
+                decode_map(row, size)
+                decode_ignore_map(row, size)
             except Exception as error:  # decoders raise many types
                 yield Quarantined(row_name(row), str(error) or type(error).__name__)
                 continue
@@ -45,13 +48,17 @@ class Merge(Stage):
 
 
 def common_columns(shards: Sequence[Shard]) -> tuple[str, ...]:
-    """The columns beyond the schema that all shards have, and of one type: a dataset must have one schema."""
+    """The columns beyond the schema that all shards have, and of one type: a dataset must have one schema. Those of `OPTIONAL` too
+    that only some have, because without them pixels would count that must not.
+    """
     first, *others = [shard.features for shard in shards]
-    return tuple(
+    common = [
         name
         for name, feature in first.items()
         if name not in FEATURES and all(other.get(name) == feature for other in others)
-    )
+    ]
+    some = [name for name in OPTIONAL if name not in common and any(name in other for other in others + [first])]
+    return (*common, *some)
 
 
 def shares_of(rows: Sequence[int], weights: Sequence[float] | None) -> tuple[float, ...]:

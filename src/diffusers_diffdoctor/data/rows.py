@@ -8,15 +8,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, Image, load_dataset
 
-from .schema import FEATURES
+from .schema import FEATURES, IMAGES, OPTIONAL
 from .shards import DEFAULT_SPLIT, LoadedShard, find_or_load_shards
 
 
-COLUMNS = (*FEATURES, "year")
+COLUMNS = (*FEATURES, *OPTIONAL, "year")
 
 
 def load_rows(dataset: str | os.PathLike, split: str = DEFAULT_SPLIT) -> Dataset:
-    """The rows of a dataset with the columns of the schema, `year`, and no others.
+    """The rows of a dataset with the columns of the schema, `ignore_map` and `year` where they are, and no others.
 
     Args:
         dataset: a folder of a stage, a folder with Parquet files or one file, a folder of images with a metadata.jsonl, or the id of
@@ -47,7 +47,7 @@ def load_rows(dataset: str | os.PathLike, split: str = DEFAULT_SPLIT) -> Dataset
         except Exception as error:  # of a library whose errors have many types; the cause's first line says it
             said = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise ValueError(f"{os.fspath(dataset)!r} cannot be read: {said[0][:300]}") from error
-    for name in ("image", "artifact_map"):
+    for name in IMAGES:
         if name in rows.column_names:
             rows = rows.cast_column(name, Image(decode=False))
             _refuse_paths(rows, name, shards[0].folder if isinstance(shards[0], LoadedShard) else None)

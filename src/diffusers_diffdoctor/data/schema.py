@@ -36,19 +36,29 @@ FEATURES = Features(
         "source": Value("string"),  # one of SOURCES; None: not labelled
     }
 )
+# columns that only datasets have which need them
+OPTIONAL = Features({"ignore_map": Image()})  # 8-bit gray, 255 = the pixel does not count, 0 = it does; None: all do
+IMAGES = ("image", "artifact_map", "ignore_map")
+
+
+def with_schema(columns: Features) -> Features:
+    """The schema, and behind it those of the columns that are not in it."""
+    others = {name: OPTIONAL.get(name, feature) for name, feature in columns.items() if name not in FEATURES}
+    return Features(FEATURES | others)
 
 
 def conform(row: Row) -> Row:
     """The row with all columns of [`FEATURES`], those first and in their order; further ones stay behind them.
 
-    A `category` that is one text becomes a list of one; columns that are missing are None, or an empty list.
+    A `category` that is one text becomes a list of one; columns that are missing are None, or an empty list, but for those of
+    [`OPTIONAL`], which stay away.
 
     Raises:
         ValueError: a column holds something else than the schema says; the column and the value are named.
     """
     result = {name: row.get(name) for name in FEATURES} | {key: row[key] for key in row if key not in FEATURES}
-    for name in ("image", "artifact_map"):
-        value = result[name]
+    for name in IMAGES:
+        value = result.get(name)
         if value is None and name != "image":
             continue
         if isinstance(value, bytes):
@@ -86,15 +96,24 @@ def decode_map(row: Row, size: tuple[int, int]) -> PILImage.Image | None:
     Raises:
         ValueError: the map is no image of one channel, or has neither the size of its image nor a quarter of its side.
     """
-    if row.get("artifact_map") is None:
+    return _decode(row, "artifact_map", size, "a map")
+
+
+def decode_ignore_map(row: Row, size: tuple[int, int]) -> PILImage.Image | None:
+    """What does not count of a row (mode L, above 0), or None where all does. Arguments and errors are those of [`decode_map`]."""
+    return _decode(row, "ignore_map", size, "an ignore_map")
+
+
+def _decode(row: Row, name: str, size: tuple[int, int], what: str) -> PILImage.Image | None:
+    if row.get(name) is None:
         return None
-    artifact_map = read_artifact_map(io.BytesIO(row["artifact_map"]["bytes"]), maximum=255)
-    if artifact_map.size not in (size, reduced_size(size)):
+    found = read_artifact_map(io.BytesIO(row[name]["bytes"]), maximum=255)
+    if found.size not in (size, reduced_size(size)):
         raise ValueError(
-            f"An image of {size[0]} x {size[1]} pixels has a map of {artifact_map.size[0]} x {artifact_map.size[1]}; it must "
-            f"have the size of its image, or {' x '.join(map(str, reduced_size(size)))}, a quarter of its side."
+            f"An image of {size[0]} x {size[1]} pixels has {what} of {found.size[0]} x {found.size[1]}; it must have the size "
+            f"of its image, or {' x '.join(map(str, reduced_size(size)))}, a quarter of its side."
         )
-    return artifact_map
+    return found
 
 
 def reduced_size(size: tuple[int, int]) -> tuple[int, int]:

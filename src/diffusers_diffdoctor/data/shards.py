@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from datasets import Features, Image, load_dataset
 
 from ..files import digest, find_images, read_regular_file, written_atomically
-from .schema import FEATURES, Row, conform
+from .schema import FEATURES, IMAGES, Row, conform, with_schema
 
 
 PATTERN = "{split}-{number:05d}-of-{count:05d}.parquet"
@@ -53,8 +53,7 @@ class ParquetShard:
     @property
     def features(self) -> Features:
         """Of the rows that [`read`] gives: the schema, and behind it the file's further columns."""
-        own = Features.from_arrow_schema(pq.read_schema(self.path))
-        return Features(FEATURES | {name: feature for name, feature in own.items() if name not in FEATURES})
+        return with_schema(Features.from_arrow_schema(pq.read_schema(self.path)))
 
     def read(self) -> Iterator[Row | Quarantined]:
         """The rows, conforming to the schema, in order; those that do not are quarantined."""
@@ -116,15 +115,12 @@ class LoadedShard:
 
     @property
     def features(self) -> Features:
-        own = self.rows_of.features
-        return Features(FEATURES | {name: feature for name, feature in own.items() if name not in FEATURES})
+        return with_schema(self.rows_of.features)
 
     def read(self) -> Iterator[Row | Quarantined]:
         for row in self.rows_of:
             try:
-                yield conform(
-                    row | {name: self._file(row[name]) for name in ("image", "artifact_map") if row.get(name)}
-                )
+                yield conform(row | {name: self._file(row[name]) for name in IMAGES if row.get(name)})
             except (OSError, ValueError) as error:
                 yield Quarantined(_path_of(row), getattr(error, "strerror", None) or str(error))
 

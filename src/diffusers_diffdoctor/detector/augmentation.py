@@ -189,6 +189,25 @@ class Augmentation:
         return moved(image, artifact_map, scale, angle, shift, mirror, reflect=place[2] < 0.5)
 
 
+def reduced_map(artifact_map: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """A map (1, H, W) at a size (h, w), usually a smaller one: a pixel takes the highest value of all that it covers. Where that is 0
+    and some of what it covers does not count, it does not count either: it could hide an artifact.
+    """
+    highest = F.adaptive_max_pool2d(artifact_map, size)
+    if artifact_map.min() >= 0:
+        return highest
+    uncertain = F.adaptive_max_pool2d((artifact_map < 0).to(artifact_map.dtype), size) > 0
+    return highest.masked_fill(uncertain & (highest <= 0), NOT_COUNTED)
+
+
+def without_ignored(artifact_map: torch.Tensor, ignore_map: Image.Image | None) -> torch.Tensor:
+    """A map (1, H, W) with -1 where `ignore_map` is above 0 in something that a pixel covers; None: as it is."""
+    if ignore_map is None:
+        return artifact_map
+    ignored = F.adaptive_max_pool2d(from_picture(ignore_map), artifact_map.shape[-2:])
+    return artifact_map.masked_fill(ignored > 0, NOT_COUNTED)
+
+
 def moved(
     image: torch.Tensor,
     artifact_map: torch.Tensor,
@@ -202,7 +221,7 @@ def moved(
 
     The image is resampled once, bilinearly; where it becomes smaller than `MIPMAP`, after an antialiased reduction. A pixel of the map
     takes the value under its centre, so that certain pixels stay certain, and those that do not count mix with none; after such a
-    reduction that is the highest value of all that it covers.
+    reduction that is the highest value of all that it covers, see [`reduced_map`].
 
     Args:
         image, artifact_map: (3, H, W) and (1, H, W).
@@ -216,7 +235,7 @@ def moved(
     if scale < MIPMAP:
         size = (max(1, round(height * scale)), max(1, round(width * scale)))
         image = F.interpolate(image[None], size=size, mode="bilinear", align_corners=False, antialias=True)[0]
-        artifact_map = F.adaptive_max_pool2d(artifact_map, size)
+        artifact_map = reduced_map(artifact_map, size)
     # For each pixel of the canvas, the place that it comes from. `grid_sample` counts from -1 to 1 from edge to edge.
     cos, sin = math.cos(math.radians(angle)) / scale, math.sin(math.radians(angle)) / scale
     x = torch.arange(width, dtype=torch.float32) + (0.5 - width / 2 - shift[0])

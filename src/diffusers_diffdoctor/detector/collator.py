@@ -11,13 +11,13 @@ from PIL import Image
 
 from ..images import read_artifact_map, read_image
 from ..seeds import derive_seed
-from .augmentation import NOT_COUNTED, Augmentation, from_picture
+from .augmentation import NOT_COUNTED, Augmentation, from_picture, reduced_map, without_ignored
 from .configuration_artifact_detector import SIZE_MULTIPLE, ArtifactDetectorConfig
 from .modeling_artifact_detector import normalise_images, resize_images
 from .sampling import DRAW, Draw
 
 
-IMAGE, MAP, SOURCE = "image", "artifact_map", "source"
+IMAGE, MAP, IGNORE, SOURCE = "image", "artifact_map", "ignore_map", "source"
 PIXELS, LABELS, SIZES = "pixel_values", "labels", "sizes"
 QUARTER = 4  # the detector's logits, and maps that it wrote, have a quarter of an image's side
 GROUPS = ("category", "generator", SOURCE)  # columns by which an evaluation groups its figures
@@ -32,6 +32,8 @@ class ArtifactDetectorCollator:
     that size: a pixel takes the highest value of all that it covers, so that an artifact thinner than it stays as certain as
     it was. At that size both are augmented. What differs in shape is padded on the right and below, images with the mean colour,
     maps with -1, which no loss and no metric counts.
+
+    A row may have an `ignore_map`, of one of these sizes too: where it is above 0 the map is -1, and moves as the map does.
 
     Or a row has `pixel_values` (3, h, w) and `labels` (1, H, W), which are stacked as they are.
 
@@ -109,7 +111,7 @@ class ArtifactDetectorCollator:
             image, artifact_map = (one[:, top : top + size, left : left + size] for one in (image, artifact_map))
         image = resize_images(image[None], size)[0]
         if artifact_map.shape[-2:] != image.shape[-2:]:
-            artifact_map = F.adaptive_max_pool2d(artifact_map, image.shape[-2:])
+            artifact_map = reduced_map(artifact_map, image.shape[-2:])
         image, artifact_map = self.augmentation(image, artifact_map, generator)
         return normalise_images(image[None], self.config, size)[0], artifact_map
 
@@ -118,25 +120,27 @@ class ArtifactDetectorCollator:
 
 
 def _read(row: dict[str, Any], map_maximum: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """The image (3, H, W) and its map (1, H, W), both in [0, 1]."""
-    for name in (IMAGE, MAP):
-        if row.get(name) is None or isinstance(row[name], (str, dict)):
+    """The image (3, H, W) in [0, 1] and its map (1, H, W), in [0, 1] or -1 where it does not count."""
+    for name in (IMAGE, MAP, IGNORE):
+        if isinstance(row.get(name), (str, dict)) or (row.get(name) is None and name != IGNORE):
             raise TypeError(
                 f"The column `{name}` must hold images, found {type(row.get(name)).__name__}. With `datasets`, cast it: "
                 f'dataset.cast_column("{name}", datasets.Image()).'
             )
     picture, artifact_map = read_image(row[IMAGE]), read_map(row, map_maximum)
-    (width, height), found = picture.size, artifact_map.size
+    ignore_map = None if row.get(IGNORE) is None else read_artifact_map(row[IGNORE], maximum=255)
+    width, height = picture.size
     quarter = (math.ceil(width / QUARTER), math.ceil(height / QUARTER))
-    if found not in (picture.size, quarter):
-        raise ValueError(
-            f"An image of {width} x {height} pixels has a map of {found[0]} x {found[1]}; a map must have the size of its "
-            f"image, or a quarter of its sides ({quarter[0]} x {quarter[1]}), turned as the image is shown."
-        )
+    for what, one in (("a map", artifact_map), ("an ignore_map", ignore_map)):
+        if one is not None and one.size not in (picture.size, quarter):
+            raise ValueError(
+                f"An image of {width} x {height} pixels has {what} of {one.width} x {one.height}; a map must have the size of its "
+                f"image, or a quarter of its sides ({quarter[0]} x {quarter[1]}), turned as the image is shown."
+            )
     values = from_picture(artifact_map)
-    if found != picture.size:
+    if artifact_map.size != picture.size:
         values = F.interpolate(values[None], size=(height, width), mode="bilinear", align_corners=False)[0]
-    return from_picture(picture), values
+    return from_picture(picture), without_ignored(values, ignore_map)
 
 
 def read_map(row: dict[str, Any], map_maximum: int | None) -> Image.Image:

@@ -68,8 +68,8 @@ class ArtifactDetectorTrainer(RunTrainer):
         eval_dataset: likewise; the sets of a dictionary are evaluated apart.
         data_collator: instead of the [`ArtifactDetectorCollator`]; then augmentation is its own business.
         compute_metrics: further metrics, from a `transformers.EvalPrediction`: `predictions` (N, 3) with the mean squared error,
-            the highest confidence and the loss of each image, `label_ids` (N,) with the highest value of its true map. Maps would
-            not fit into memory.
+            the highest confidence and the loss of each image, all of pixels that count, `label_ids` (N,) with the highest value of
+            its true map. Maps would not fit into memory.
         **kwargs: what [`~transformers.Trainer`] takes.
 
     The loss is the mean of [`losses.LOSSES`] over all images of an update, on all processes: an image weighs the same whatever
@@ -318,7 +318,7 @@ class ArtifactDetectorTrainer(RunTrainer):
                 logits = _upsample(model(pixel_values=seen).logits, (height, width))
             confidence = logits.sigmoid()
             figures[rows, 0] = squared_error(confidence, truth)
-            figures[rows, 1] = confidence.flatten(1).amax(dim=1)
+            figures[rows, 1] = confidence.where(truth >= 0, 0).flatten(1).amax(dim=1)
             figures[rows, 2] = LOSSES[self.args.loss](logits, truth)
             counts = count_images(confidence, truth, self.args.threshold)
             for i, row in enumerate(rows):

@@ -5,7 +5,9 @@ from typing import Any
 
 import torch
 
-from .collator import IMAGE, LABELS, MAP, PIXELS, read_map
+from ..images import read_artifact_map
+from .augmentation import from_picture, without_ignored
+from .collator import IGNORE, IMAGE, LABELS, MAP, PIXELS, read_map
 from .sampling import groups_of
 from .training_arguments import ArtifactDetectorTrainingArguments
 
@@ -103,7 +105,7 @@ def check_dataset(name: str, dataset: Any) -> None:
 
 
 class HighestOfMap(torch.utils.data.Dataset):
-    """Of each row the highest value of its map, in [0, 1]."""
+    """Of each row the highest value of its map, in [0, 1], or -1 where none of it counts."""
 
     def __init__(self, rows: Any, maximum: int | None):
         self.rows, self.maximum = rows, maximum
@@ -115,4 +117,7 @@ class HighestOfMap(torch.utils.data.Dataset):
         row = self.rows[number]
         if LABELS in row:
             return float(row[LABELS].max())
-        return read_map(row, self.maximum).getextrema()[1] / 255
+        artifact_map = read_map(row, self.maximum)
+        if row.get(IGNORE) is None:
+            return artifact_map.getextrema()[1] / 255
+        return float(without_ignored(from_picture(artifact_map), read_artifact_map(row[IGNORE], 255)).max())

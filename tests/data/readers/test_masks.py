@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """PAL4VST, and folders of images and masks: each mask is what was drawn, each damage is counted and named."""
 
+import pickle
+
 import numpy as np
 import pytest
 from datasets import load_dataset
@@ -153,9 +155,10 @@ def test_an_import_that_was_stopped_goes_on_and_other_annotations_are_refused(tm
     counts = run_stage(reader, shards, out, show_progress=False)
     assert counts["rows_out"] == {"train": 6} and len(shards) == len(list(out.rglob("*.parquet"))) > len(whole)
     assert all(path.stat().st_mtime_ns == then for path, then in whole.items())
-    run_stage(reader, shards, tmp_path / "workers", workers=2, show_progress=False)
+    elsewhere = pickle.loads(pickle.dumps((reader, shards)))  # as another process gets them
+    run_stage(*elsewhere, tmp_path / "again", show_progress=False)
     for path in out.rglob("*.parquet"):
-        assert path.read_bytes() == (tmp_path / "workers" / path.relative_to(out)).read_bytes()
+        assert path.read_bytes() == (tmp_path / "again" / path.relative_to(out)).read_bytes()
     mask(tmp_path / "masks/0.png", np.random.default_rng(0).integers(0, 255, SIZE[::-1]).astype(np.uint8))
     assert main(["data", "import", "folders", str(top), "-o", str(out), "--shard-size", "0.007"]) == 1
     assert "another input" in capsys.readouterr().err

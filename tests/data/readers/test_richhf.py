@@ -2,6 +2,7 @@
 """RichHF-18K: records that protobuf wrote, images of a folder or of Pick-a-Pic; damage is counted and named."""
 
 import io
+import pickle
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from fixtures.tfrecords import example, record
 from PIL import Image
 
 from diffdoctor import main
+from diffusers_diffdoctor.data import run_stage
 from diffusers_diffdoctor.data.readers import RichHF
 
 
@@ -92,6 +94,11 @@ def test_records_find_their_images_in_pick_a_pic(tmp_path, struct):
     rows, quarantined, counts = imported(
         tmp_path / "out", "richhf", tmp_path / "a.tfrecord", "--images", tmp_path / "pickapic"
     )
+    reader = RichHF(images=str(tmp_path / "pickapic"))
+    run_stage(*pickle.loads(pickle.dumps((reader, reader.find(tmp_path / "a.tfrecord")))), tmp_path / "again")
+    assert len(list((tmp_path / "out/data").iterdir())) == 1
+    for path in (tmp_path / "out/data").iterdir():
+        assert path.read_bytes() == (tmp_path / "again/data" / path.name).read_bytes()
     assert quarantined == {"nowhere": "no image of this uid"} and counts["rows_in"] == 7
     assert set(rows) == set(wanted) - {"nowhere"}
     for uid, row in rows.items():

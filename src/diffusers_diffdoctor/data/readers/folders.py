@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...images import read_artifact_map, read_class_indices
+from ..schema import OPTIONAL
 from ..shards import SHARD_MEGABYTES
-from .reader import IGNORE_COLUMN, IGNORED, ImageFolder, Item, ItemShard, Reader, group_items
+from .reader import IGNORED, ImageFolder, Item, ItemShard, Reader, group_items
 
 
 NO_MASK, NO_IMAGE = "no mask of this name", "a mask without an image of its name"
@@ -73,7 +74,7 @@ class Folders(Reader):
     sound_without: bool = False
 
     name: ClassVar[str] = "import folders"
-    columns: ClassVar[dict[str, Any]] = IGNORE_COLUMN
+    columns: ClassVar[dict[str, Any]] = dict(OPTIONAL)
 
     def __post_init__(self):
         if self.map_maximum not in (None, 1, 255):

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...files import read_regular_file
+from ..schema import OPTIONAL
 from ..shards import SHARD_MEGABYTES
 from .reader import (
-    IGNORE_COLUMN,
     IGNORED,
     ImageFolder,
     Item,
@@ -53,7 +53,7 @@ class Had(Reader):
     humans: str = "ignore"
 
     name: ClassVar[str] = "import had"
-    columns: ClassVar[dict[str, Any]] = IGNORE_COLUMN
+    columns: ClassVar[dict[str, Any]] = dict(OPTIONAL)
 
     def __post_init__(self):
         for name in ("mild", "severe"):

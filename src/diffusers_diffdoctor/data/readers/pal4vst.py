@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ...images import read_class_indices
+from ..schema import OPTIONAL
 from ..shards import SHARD_MEGABYTES
 from .folders import paired
-from .reader import IGNORE_COLUMN, IGNORED, ImageFolder, ItemShard, Reader, group_items, split_folder
+from .reader import IGNORED, ImageFolder, ItemShard, Reader, group_items, split_folder
 
 
 IGNORE = 255
@@ -33,7 +34,7 @@ class Pal4vst(Reader):
     artifact: int | None = None
 
     name: ClassVar[str] = "import pal4vst"
-    columns: ClassVar[dict[str, Any]] = IGNORE_COLUMN
+    columns: ClassVar[dict[str, Any]] = dict(OPTIONAL)
 
     def __post_init__(self):
         if self.artifact not in (None, 1, 255):

@@ -15,17 +15,15 @@ from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Features
-from datasets import Image as ImageFeature
 
 from ...files import digest, find_images, read_regular_file
-from ..schema import FEATURES, Row, conform, decode_image, encode_png
+from ..schema import FEATURES, OPTIONAL, Row, conform, decode_image, encode_png
 from ..shards import SHARD_MEGABYTES, Quarantined, ranges_of_size
 from ..stage import Result, Stage, row_name
 
 
 ANNOTATION = "annotation"  # key of a row on its way from the shard to the stage
 IGNORED = "ignored"  # key of what `label` gives: where the image does not count
-IGNORE_COLUMN = {"ignore_map": ImageFeature()}
 
 
 @dataclass(frozen=True)
@@ -183,7 +181,7 @@ class RegionReader(Reader):
     ignore_labels: tuple[str, ...] = ()
     skip_labels: tuple[str, ...] = ()
 
-    columns: ClassVar[dict[str, Any]] = IGNORE_COLUMN
+    columns: ClassVar[dict[str, Any]] = dict(OPTIONAL)
 
     def __post_init__(self):
         names = [*self.labels, *self.ignore_labels, *self.skip_labels]
