@@ -79,6 +79,13 @@ def folder(tmp_path_factory):
         for i, row in enumerate(photos(3, size=40)):
             row["image"].save(folder / f"photos/{i}.png")
             file.write(json.dumps({"file_name": f"{i}.png", "prompt": row["prompt"]}) + "\n")
+    boxes = {f"{i}.png": [4, 4, 20 + i, 20] for i in range(3)}
+    (folder / "photos/boxes.json").write_text(json.dumps(boxes))
+    annotations = {"categories": [{"id": 1, "name": "hand"}], "images": [], "annotations": []}
+    for i, (x1, y1, x2, y2) in enumerate(boxes.values()):
+        annotations["images"].append({"id": i, "file_name": f"{i}.png", "width": 40, "height": 40})
+        annotations["annotations"].append({"image_id": i, "category_id": 1, "bbox": [x1, y1, x2 - x1, y2 - y1]})
+    (folder / "annotations.json").write_text(json.dumps(annotations))
     return folder
 
 
