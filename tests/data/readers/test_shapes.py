@@ -67,6 +67,7 @@ def test_what_is_thinner_than_a_pixel_is_not_lost():
         (lambda: points_of({"x": 1}), "not pairs"),
         (lambda: points_of([1, float("nan")]), "not finite"),
         (lambda: points_of([1, float("inf")]), "not finite"),
+        (lambda: points_of([1, 1e300]), "beyond 1e\\+09"),
     ],
 )
 def test_what_is_no_shape_is_refused(make, words):

@@ -7,7 +7,7 @@ names, or from Pick-a-Pic's own Parquet files, where a row has two images with t
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, NamedTuple
 
@@ -133,44 +133,29 @@ class RichHF(Reader):
     def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[RecordShard]:
         if not self.images:
             raise ValueError("`images` is missing: RichHF-18K has none. Name a folder of them, or Pick-a-Pic.")
-        found = [(path, *record) for path in _record_files(source) for record in read_records(path)]
+        found = [item for path in _record_files(source) for item in _items(path)]
         if not found:
             raise ValueError(f"{str(source)!r} has no records.")
-        items, uids, numbers = [], [], {}
-        for path, offset, data, problem in found:
-            numbers[path] = numbers.get(path, 0) + 1
-            uid = None
-            if problem is None:
-                try:
-                    uid = uid_of(parse_example(data))
-                except ValueError as error:
-                    problem = str(error)
-            items.append(RecordItem(uid or f"{path.name}, record {numbers[path]}", path, offset, None, problem))
-            uids.append(uid)
-        items = self._with_images(items, uids)
+        items = self._with_images(found)
         sizes = [_size_of(item.image) for item in items]
         return [
             RecordShard(tuple(items[begin:end]), tuple(sizes[begin:end]), begin)
             for begin, end in ranges_of_size(sizes, shard_megabytes)
         ]
 
-    def _with_images(self, items: Sequence[RecordItem], uids: Sequence[str | None]) -> list[RecordItem]:
+    def _with_images(self, found: Sequence[tuple[RecordItem, str | None]]) -> list[RecordItem]:
         folder = Path(self.images)
         if folder.is_dir() and not any(folder.rglob("*.parquet")):
             images = _by_uid(ImageFolder(folder))
         else:
-            images = _places({uid for uid in uids if uid is not None}, self.images)
+            images = _places({uid for _, uid in found if uid is not None}, self.images)
         result = []
-        for item, uid in zip(items, uids):
-            image, problem = images.get(uid), item.problem
-            if image is None and problem is None:
-                problem = "no image of this uid"
-            result.append(RecordItem(item.name, item.file, item.offset, image, problem))
-        # those of Pick-a-Pic as it has them; the order of all others is kept
-        return sorted(
-            result,
-            key=lambda item: (isinstance(item.image, Place), item.image if isinstance(item.image, Place) else ()),
-        )
+        for item, uid in found:
+            image = images.get(uid)
+            problem = item.problem or ("no image of this uid" if image is None else None)
+            result.append(replace(item, image=image, problem=problem))
+        # those of Pick-a-Pic as it has them; all others before them, in the order of their records
+        return sorted(result, key=lambda item: (1, *item.image) if isinstance(item.image, Place) else (0,))
 
     def label(self, annotation: dict[str, list], size: tuple[int, int]) -> dict[str, Any]:
         encoded = _first(annotation, "artifact_map", bytes)
@@ -181,6 +166,18 @@ class RichHF(Reader):
             heatmap = heatmap.resize(size, Image.Resampling.BILINEAR)
         scores = {name: _first(annotation, name, float) for name in SCORES}
         return {"artifact_map": np.asarray(heatmap), "uid": uid_of(annotation), **scores}
+
+
+def _items(path: Path) -> Iterator[tuple[RecordItem, str | None]]:
+    """The records of a file, each with the uid of its image, or None where it has a problem."""
+    for number, (offset, data, problem) in enumerate(read_records(path), start=1):
+        uid = None
+        if problem is None:
+            try:
+                uid = uid_of(parse_example(data))
+            except ValueError as error:
+                problem = str(error)
+        yield RecordItem(uid or f"{path.name}, record {number}", path, offset, None, problem), uid
 
 
 def uid_of(features: dict[str, list]) -> str:

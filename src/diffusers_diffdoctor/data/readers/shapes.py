@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 
+FARTHEST = 1e9  # coordinate in pixels: what is beyond it is an error, and not to be reckoned with
 OUTSIDE = "a region lies outside of the image"
 
 
@@ -13,7 +14,7 @@ def points_of(values: Any) -> np.ndarray:
     """Corners (N, 2) of [x1, y1, x2, y2, ...] or [[x1, y1], ...].
 
     Raises:
-        ValueError: something else, or coordinates that are not finite numbers.
+        ValueError: something else, or coordinates that are not finite numbers, or beyond all images.
     """
     try:
         points = np.asarray(values, np.float64).reshape(-1, 2)
@@ -21,6 +22,8 @@ def points_of(values: Any) -> np.ndarray:
         raise ValueError("a region's coordinates are not pairs of numbers") from error
     if not np.isfinite(points).all():
         raise ValueError("a region has coordinates that are not finite")
+    if (np.abs(points) > FARTHEST).any():
+        raise ValueError(f"a region has coordinates beyond {FARTHEST:.0e}")
     return points
 
 
