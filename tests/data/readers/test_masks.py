@@ -72,7 +72,8 @@ def test_pal4vst_damage_is_counted_and_named(tmp_path):
     picture(top / "images/train/twice.png")
     mask(top / "labels/train/twice.png", square(0, 0, 9, 9))
     (top / "images/train/readme.txt").write_text("no image")
-    (top / "images/train/old.gif").write_bytes(b"GIF89a")
+    for kind in ("images", "labels"):
+        (top / kind / "train/old.gif").write_bytes(b"GIF89a")
     rows, quarantined, counts = imported(tmp_path / "out", "pal4vst", top)
     assert set(rows) == {f"good{i}.jpg" for i in range(3)}
     cut = quarantined.pop("cut label.png", None) or quarantined.pop("cut label.jpg")
@@ -82,13 +83,14 @@ def test_pal4vst_damage_is_counted_and_named(tmp_path):
         "values.jpg": "unknown values 7 in a label, expected were 0, 1, 255",
         "size.jpg": "An image of 48 x 40 pixels is annotated as one of 40 x 48.",
         "no label.jpg": "no mask of this name",
-        "no image": "a mask without an image of its name",
+        "mask no image.png": "a mask without an image of its name",
         "colours.jpg": "A mask must have one channel of 8 bits, found colours.",
         "twice.jpg": "several images of this name",
         "twice.png": "several images of this name",
         "old.gif": "format that is not read (.gif)",
+        "mask old.gif": "format that is not read (.gif)",
     }
-    assert counts["rows_in"] == 3 + 10 == 3 + sum(counts["quarantined"].values())
+    assert counts["rows_in"] == 3 + 11 == 3 + sum(counts["quarantined"].values())
 
 
 def test_what_is_no_pal4vst_is_refused_at_once(tmp_path, capsys):
@@ -110,8 +112,16 @@ def test_folders_with_confidences_a_suffix_and_pixels_that_do_not_count(tmp_path
         if values is not None:
             mask(tmp_path / f"masks/{name}_mask.png", values)
     out = tmp_path / "out"
+    mask(tmp_path / "masks/a.png", soft)
+    mask(tmp_path / "masks/a_mask.tif", soft)
     rows, quarantined, _ = imported(out, "folders", top, "--suffix", "_mask")
-    assert quarantined == {"sound.png": "no mask of this name"}
+    assert quarantined == {
+        "sound.png": "no mask of this name",
+        "mask a.png": "a mask whose name does not end in '_mask'",
+        "mask a_mask.tif": "a second mask of this name",
+    }
+    for name in ("a.png", "a_mask.tif"):
+        (tmp_path / "masks" / name).unlink()
     assert all(np.array_equal(pixels(row["artifact_map"]), soft) for row in rows.values()) and len(rows) == 2
     arguments = ("folders", top, "--suffix", "_mask", "--sound-without", "--ignore", 100)
     rows, quarantined, _ = imported(tmp_path / "out2", *arguments, "--masks", tmp_path / "masks")
@@ -133,7 +143,7 @@ def test_folders_with_class_indices_and_damage(tmp_path):
     rows, quarantined, _ = imported(tmp_path / "out", "folders", top, "--map-maximum", "1")
     assert np.array_equal(pixels(rows["a.png"]["artifact_map"]), square(0, 0, 10, 10))
     # a mask of a quarter of its image's side is the schema's own, and no annotator's
-    assert set(quarantined) == {"b.png", "c.png", "d"} and "12 x 10" in quarantined["c.png"]
+    assert set(quarantined) == {"b.png", "c.png", "mask d.png"} and "12 x 10" in quarantined["c.png"]
     with pytest.raises(ValueError, match="`map_maximum` must be 1 or 255"):
         Folders(map_maximum=2)
     with pytest.raises(ValueError, match="`ignore` must be a value from 1 to 255"):

@@ -27,13 +27,13 @@ def paired(images: ImageFolder, masks: ImageFolder, suffix: str = "", sound_with
         sound_without: images without a mask have no artifacts; their annotation is None.
     """
     mask_of: dict[str, Path] = {}
-    problems = {name: reason for found in (images, masks) for name, reason in found.skipped.items()}
+    problems = [*images.skipped.items(), *((_mask_name(name), reason) for name, reason in masks.skipped.items())]
     for name, path in masks.files.items():
         stem = _stem(name)
         if not stem.endswith(suffix):
-            problems[name] = f"a mask whose name does not end in {suffix!r}"
+            problems.append((_mask_name(name), f"a mask whose name does not end in {suffix!r}"))
         elif stem.removesuffix(suffix) in mask_of:
-            problems[name] = "a second mask of this name"
+            problems.append((_mask_name(name), "a second mask of this name"))
         else:
             mask_of[stem.removesuffix(suffix)] = path
     times, items, used = Counter(map(_stem, images.files)), [], set()
@@ -45,9 +45,14 @@ def paired(images: ImageFolder, masks: ImageFolder, suffix: str = "", sound_with
         if mask is None and not sound_without:
             problem = problem or NO_MASK
         items.append(Item(name, path, mask, problem))
-    items += [Item(name, None, None, problem) for name, problem in problems.items()]
-    items += [Item(stem + suffix, None, None, NO_IMAGE) for stem in mask_of if stem not in used]
+    problems += [(_mask_name(masks.name_of(mask)), NO_IMAGE) for stem, mask in mask_of.items() if stem not in used]
+    items += [Item(name, None, None, problem) for name, problem in problems]
     return sorted(items, key=lambda item: item.name)
+
+
+def _mask_name(name: str) -> str:
+    """What the quarantine calls a mask, whose path may be that of an image in another folder."""
+    return f"mask {name}"
 
 
 def _stem(name: str) -> str:

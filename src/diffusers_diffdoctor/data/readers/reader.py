@@ -7,7 +7,6 @@ image into a map. What an item lacks is known to `find` and said when its turn c
 
 import json
 import re
-from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,15 +108,14 @@ class Reader(Stage):
     generator: str | None = None
     category: tuple[str, ...] = ()
 
-    @abstractmethod
     def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[Any]:
         """The shards of a source.
 
         Raises:
             FileNotFoundError, ValueError: there is no such source, it is of another format, or it is empty.
         """
+        raise NotImplementedError
 
-    @abstractmethod
     def label(self, annotation: Any, size: tuple[int, int]) -> dict[str, Any]:
         """What an annotation says.
 
@@ -131,6 +129,7 @@ class Reader(Stage):
         Raises:
             ValueError: it cannot be understood, or does not fit the image.
         """
+        raise NotImplementedError
 
     def process(self, rows: Iterator[Row], shard: Any) -> Iterator[Result]:
         for row in rows:
@@ -154,7 +153,7 @@ class Reader(Stage):
         if ignored is not None and ignored.any():
             values = np.where(ignored, np.uint8(0), values)
             row["ignore_map"] = encode_png(ignored * np.uint8(255))
-        return row | {"artifact_map": encode_png(values)}
+        return conform(row | {"artifact_map": encode_png(values)})
 
 
 def _misfit(size: Sequence[int], found: Sequence[int]) -> str:
