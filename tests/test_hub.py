@@ -387,3 +387,32 @@ def test_a_dataset_goes_to_the_hub_and_back(hub):
     uploads = len([request for request in hub.requests if request.startswith("PUT")])
     hub.python(PUSH_DATASET)  # nothing is sent twice
     assert len([request for request in hub.requests if request.startswith("PUT")]) == uploads == 2
+
+
+IMPORT_FROM_PICK_A_PIC = """
+import io
+import pyarrow as pa, pyarrow.parquet as pq
+from fixtures.rows import photo_bytes
+from fixtures.tfrecords import example, record
+from huggingface_hub import HfApi
+from PIL import Image
+from diffdoctor import main
+HfApi().create_repo("user/pickapic", repo_type="dataset")
+for split, first in (("train", 0), ("test_unique", 2)):
+    columns = {"image_0_uid": [f"u{first}"], "image_1_uid": [f"u{first + 1}"], "caption": ["a hand"]}
+    columns |= {f"jpg_{side}": [photo_bytes(first + side, (64, 64), "JPEG")] for side in (0, 1)}
+    pq.write_table(pa.table(columns), "part.parquet")
+    name = f"data/{split}-00000-of-00001-b66ac786bf6fb553.parquet"
+    HfApi().upload_file(path_or_fileobj="part.parquet", path_in_repo=name, repo_id="user/pickapic", repo_type="dataset")
+file = io.BytesIO()
+Image.new("L", (64, 64), 9).save(file, "PNG")
+records = [{"filename": [f"train/u{i}.png".encode()], "artifact_map": [file.getvalue()]} for i in (1, 3, 5)]
+with open("train.tfrecord", "wb") as tfrecord:
+    tfrecord.writelines(record(example(one)) for one in records)
+assert main(["data", "import", "richhf", "train.tfrecord", "--images", "user/pickapic", "-o", "richhf"]) == 0
+assert main(["data", "import", "richhf", "train.tfrecord", "--images", "user/nothing", "-o", "other"]) == 1
+"""
+
+
+def test_heatmaps_find_their_images_on_the_hub_in_any_split(hub):
+    assert "3 in = 2 out + 1 quarantined" in hub.python(IMPORT_FROM_PICK_A_PIC)
