@@ -19,6 +19,7 @@ from diffusers_diffdoctor.detector.augmentation import PRESETS, Augmentation, mo
 from diffusers_diffdoctor.detector.losses import LOSSES
 from diffusers_diffdoctor.detector.training_data import HighestOfMap
 from diffusers_diffdoctor.evaluation import DetectorFigures
+from diffusers_diffdoctor.images import to_image_tensor
 
 
 CONFIG = ArtifactDetectorConfig(image_size=64)
@@ -154,3 +155,19 @@ def test_an_artifact_that_does_not_count_makes_no_image_one_with_artifacts():
     everything = gray(np.full((64, 64), 255))
     rows = [row(), row() | {"ignore_map": everything}, row(ignored=((0, 32), (0, 40)))]
     assert [HighestOfMap(rows, None)[i] for i in range(3)] == [1, -1, 0]
+
+
+def test_the_highest_confidence_is_one_that_counts(tmp_path):
+    model, given = tiny_detector(image_size=64), row()
+    with torch.no_grad():
+        confidence = model.confidence(to_image_tensor(given["image"])[None])[0, 0]
+    ignored = confidence > confidence.median()
+    args = ArtifactDetectorTrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True)
+    metrics = ArtifactDetectorTrainer(
+        model,
+        args,
+        eval_dataset=[given | {"ignore_map": gray(ignored.numpy() * 255)}],
+        compute_metrics=lambda prediction: {"highest": float(prediction.predictions[0, 1])},
+    ).evaluate()
+    assert metrics["eval_highest"] == pytest.approx(confidence[~ignored].max().item(), rel=1e-5)
+    assert metrics["eval_highest"] < confidence.max().item() - 1e-4
