@@ -122,6 +122,8 @@ def test_losses_and_figures_by_hand():
 def test_trainer_and_evaluation_leave_out_what_does_not_count(loss, tmp_path):
     """Whatever the map says below an ignore_map, nothing changes; without the ignore_map something does."""
 
+    sound = row(seed=9) | {"artifact_map": gray(np.zeros((64, 64)))}
+
     def results(rows):
         trainer = ArtifactDetectorTrainer(
             tiny_detector(image_size=64),
@@ -130,7 +132,7 @@ def test_trainer_and_evaluation_leave_out_what_does_not_count(loss, tmp_path):
                 save_strategy="no", per_device_train_batch_size=2, per_device_eval_batch_size=2, overwrite_output_dir=True,
             ),
             train_dataset=rows,
-            eval_dataset=rows,
+            eval_dataset=[*rows, sound],
             compute_metrics=lambda prediction: {"highest": float(prediction.predictions[:, 1].sum())},
         )  # fmt: skip
         before = {key: value for key, value in trainer.evaluate().items() if "time" not in key and "_per_" not in key}
@@ -166,7 +168,10 @@ def test_the_highest_confidence_is_one_that_counts(tmp_path):
     metrics = ArtifactDetectorTrainer(
         model,
         args,
-        eval_dataset=[given | {"ignore_map": gray(ignored.numpy() * 255)}],
+        eval_dataset=[
+            given | {"ignore_map": gray(ignored.numpy() * 255)},
+            row(seed=9) | {"artifact_map": gray(np.zeros((64, 64)))},
+        ],
         compute_metrics=lambda prediction: {"highest": float(prediction.predictions[0, 1])},
     ).evaluate()
     assert metrics["eval_highest"] == pytest.approx(confidence[~ignored].max().item(), rel=1e-5)
