@@ -13,10 +13,13 @@ STAGES = {
     "import": "annotations that exist, of RichHF-18K, PAL4VST, COCO and others, as rows of one schema",
     "photos": "real photographs, from a folder or a dataset, as rows without artifacts",
     "inject": "artifacts without annotators: a share of sound images is spoiled, and it is known where",
+    "categorize": "what is in each image, named by a language model that sees",
     "label": "a detector's own maps for images without a better label",
     "balance": "categories and generators in which a detector sees more artifacts, or fewer, than elsewhere",
     "mine": "the hard cases of a dataset, which people should label, apart from the simple ones",
     "drift": "whether a new generator's images look like what a detector knows",
+    "prompts": "prompts for categories that need more images, written by a language model",
+    "synthesize": "images for prompts, by any pipelines of diffusers",
     "merge": "several datasets as one, in given proportions",
 }
 

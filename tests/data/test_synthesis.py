@@ -1,0 +1,170 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Prompts that a language model writes, images that a pipeline makes of them, and a local model that chooses by likelihood."""
+
+import json
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from fixtures.rows import photo_bytes
+from language_server import serve
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from diffdoctor import main
+from diffusers_diffdoctor import miniature
+from diffusers_diffdoctor.data import find_shards
+from diffusers_diffdoctor.data.language import Request
+from diffusers_diffdoctor.data.language.local import LocalModel
+from diffusers_diffdoctor.data.prompts import PromptRules, flagged_categories, similarity, trigrams
+from diffusers_diffdoctor.data.schema import decode_image
+
+
+def test_rules_of_prompts():
+    rules = PromptRules(banned=("nude", "red light"))
+    assert rules.wrong("a dog and the house") is None
+    assert rules.wrong("denuded hills in the evening") is None  # whole words
+    assert rules.wrong("the Red, light!") == rules.wrong("a NUDE on the beach") == "banned word"
+    assert (
+        rules.wrong("ein Hund auf der Straße mit dem Ball")
+        == rules.wrong("собака на улице города")
+        == "another language"
+    )
+    assert rules.wrong("a dog") == "too short" and rules.wrong("dog " * 61) == "too long"
+    one, other = trigrams("a red dog, in the garden"), trigrams("A red dog in the garden!")
+    assert similarity(one, other) == 1 and similarity(one, trigrams("seven cups under stars")) < 0.2
+
+
+def test_prompts_by_the_command(tmp_path, capsys):
+    (tmp_path / "balance.json").write_text(json.dumps({"flagged": ["hand", "dog"]}))
+    (tmp_path / "categories.csv").write_text("name,flag\nhand,high\ncup,\n'=dog,low\n")
+    assert flagged_categories(tmp_path / "categories.csv") == ["hand", "=dog"]
+    output = tmp_path / "out"
+    with serve() as server:
+        command = ["data", "prompts", "--balance", str(tmp_path), "--model", "m", "--base-url", server.url]
+        command += ["-o", str(output), "--count", "15", "--banned", "nude"]
+        assert main(command) == 0
+        first, asked = (output / "prompts.jsonl").read_text(), server.total()
+        assert main(command) == 0
+        assert (output / "prompts.jsonl").read_text() == first and server.total() == asked
+    rows = [json.loads(line) for line in first.splitlines()]
+    assert [row["category"] for row in rows] == ["hand"] * 15 + ["dog"] * 15
+    assert all(row["category"] in row["prompt"] and row["model"] == "m" and row["seed"] >= 0 for row in rows)
+    assert max(similarity(trigrams(a["prompt"]), trigrams(b["prompt"])) for a, b in combinations(rows, 2)) < 0.7
+    counts = json.loads((output / "prompts.json").read_text())
+    assert counts["written"] == counts["taken"] + sum(counts["rejected"].values()) and counts["taken"] == 30
+    assert {"banned word", "another language", "like another", "too short"} <= set(counts["rejected"])
+
+
+def test_synthesize_is_what_the_pipeline_makes(tmp_path, capsys):
+    from diffusers import DiffusionPipeline
+
+    folder = str(miniature.load("pipeline"))
+    prompt = miniature.prompts("final")[0]["prompt"]
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt, "category": "hand", "seed": 7}) + "\n")
+    command = ["data", "synthesize", str(tmp_path / "prompts.jsonl"), "--pipeline", folder, "--steps", "1", "2"]
+    command += ["-o", str(tmp_path / "out"), "--device", "cpu", "--width", "64", "--height", "64"]
+    assert main([*command, "--rank", "0", "--world-size", "2"]) == 0
+    assert "Others are not yet" in capsys.readouterr().out
+    assert main([*command, "--rank", "1", "--world-size", "2"]) == 0
+    assert "2 in = 2 out + 0 quarantined" in capsys.readouterr().out
+    rows = [row for shard in find_shards(tmp_path / "out") for row in shard.read()]
+    assert [(row["steps"], row["seed"], row["category"], row["generator"]) for row in rows] == [
+        (steps, 7, ["hand"], "pipeline") for steps in (1, 2)
+    ]
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    generator = torch.Generator().manual_seed(7)
+    image = pipeline(prompt, num_inference_steps=2, generator=generator, width=64, height=64).images[0]
+    assert np.array_equal(np.asarray(decode_image(rows[1])), np.asarray(image))
+
+
+@pytest.mark.parametrize(
+    "line, words", [('{"prompt": 3}', "line 1"), ('{"prompt": "a", "seed": -1}', "seed"), ("", "no prompts")]
+)
+def test_wrong_prompt_files_are_named(tmp_path, capsys, line, words):
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    command = [
+        "data",
+        "synthesize",
+        str(tmp_path / "p.jsonl"),
+        "--pipeline",
+        "x",
+        "--steps",
+        "1",
+        "-o",
+        str(tmp_path / "o"),
+    ]
+    assert main(command) == 1 and words in capsys.readouterr().err
+
+
+WORDS = ["<unk>", "<s>", "</s>", "<image>", "<pad>", "hand", "dog", "cup", "red", "which"]
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A tiny random LLaVA of ten words."""
+    torch.manual_seed(0)
+    tokens = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, "<unk>"))
+    tokens.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=tokens, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**sizes, image_size=16, patch_size=8),
+        text_config=LlamaConfig(
+            **sizes, vocab_size=len(WORDS), initializer_range=1.0, bos_token_id=1, eos_token_id=2, pad_token_id=4
+        ),
+        image_token_index=3,
+        image_token_id=3,
+        vision_feature_layer=-1,
+    )
+    folder = tmp_path_factory.mktemp("seeing")
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_likelihood_is_that_of_a_loop_by_hand(seeing):
+    model = LocalModel(seeing, likelihood=True)
+    request = Request("which", photo_bytes(0), choices=("hand", "red dog", "cup"))
+    inputs = model.inputs(request)
+    network, by_hand = LlavaForConditionalGeneration.from_pretrained(seeing).eval(), []
+    for choice in request.choices:
+        ids, total = inputs["input_ids"], 0.0
+        for word in [*choice.split(), "</s>"]:  # one token after the other
+            with torch.no_grad():
+                logits = network(input_ids=ids, pixel_values=inputs["pixel_values"]).logits[0, -1]
+            total += logits.log_softmax(-1)[WORDS.index(word)].item()
+            ids = torch.cat([ids, torch.tensor([[WORDS.index(word)]])], 1)
+        by_hand.append(total)
+    assert [model.log_likelihood(inputs, choice) for choice in request.choices] == pytest.approx(by_hand, abs=1e-4)
+    best = request.choices[int(np.argmax(by_hand))]
+    assert json.loads(model.ask(request).text)["categories"][0] == best
+
+
+def test_a_random_local_model_is_quarantined_when_it_writes_and_chooses_from_the_vocabulary(tmp_path, seeing, capsys):
+    from fixtures.rows import write_rows
+
+    write_rows(tmp_path / "pool/train-00000.parquet", [{"image": photo_bytes(i)} for i in range(3)])
+    command = ["data", "categorize", str(tmp_path / "pool"), "--model", seeing, "--local", "--device", "cpu"]
+    main([*command, "-o", str(tmp_path / "written")])
+    assert "3 in = 0 out + 3 quarantined" in capsys.readouterr().out
+    command += ["--vocabulary", "hand", "dog", "--likelihood", "-o", str(tmp_path / "chosen")]
+    assert main(command) == 0
+    rows = [row for shard in find_shards(tmp_path / "chosen") for row in shard.read()]
+    assert len(rows) == 3 and all(row["category"] and {*row["category"]} <= {"hand", "dog"} for row in rows)
+    assert main(command) == 0
