@@ -76,6 +76,18 @@ def test_rows_are_counted_and_sorted_and_can_be_loaded(source, tmp_path):
     assert "| even | 12 |" in card and "| a multiple of 5 | 5 |" in card
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["{}-00000-of-00001.parquet", "{}-00000-of-00001-a09b74b3ef9c3b56.parquet", "{}-0.parquet", "{}.parquet"],
+)
+def test_splits_of_file_names_are_told_apart(pattern, tmp_path):
+    for count, split in enumerate(("train", "test"), 1):
+        write_rows(tmp_path / "data" / pattern.format(split), [{"image": photo_bytes(i)} for i in range(count)])
+    assert [sum(shard.rows for shard in find_shards(tmp_path, split)) for split in ("train", "test")] == [1, 2]
+    with pytest.raises(ValueError, match=r"no split 'val'.*test, train"):
+        find_shards(tmp_path, "val")
+
+
 def test_the_number_of_workers_changes_nothing(source, tmp_path):
     # the stage lies in a test module, which processes find by its path only
     from diffusers_diffdoctor.data import Merge

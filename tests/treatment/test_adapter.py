@@ -27,6 +27,11 @@ TINY = BASIC | CLASSIC | RECENT
 FORMS = ["FluxPipeline", "BriaPipeline", "PixArtAlphaPipeline"]  # one for each way to load
 # further classes that take one of these ways by another road
 ODD = ["Kandinsky3Pipeline", "KandinskyV22CombinedPipeline"]
+# On processors without AVX-512, results depend in their last bits on where weights lie in memory, and those of a file lie elsewhere.
+ROUNDING, CHAOS = (
+    1e-5,
+    1e-3,
+)  # the tiny Kandinsky 3 makes a thousandfold of such a difference, its LoRA ten thousand times as much
 
 
 def denoiser_name(pipeline) -> str:
@@ -179,7 +184,7 @@ def test_other_adapters_draw_the_same_in_the_plain_pipeline(tmp_path, name, chan
     save_lora(pipeline, "transformer", tmp_path / "lora")
     plain = load_as_printed(tiny, pipeline, tmp_path)
     treated = draw(pipeline, tiny)
-    assert torch.equal(draw(plain, tiny), treated)
+    assert torch.allclose(draw(plain, tiny), treated, atol=ROUNDING)
     assert (treated - base).abs().mean() > 1e-4
 
 
@@ -216,7 +221,7 @@ def test_the_printed_lines_draw_what_the_treated_pipeline_draws(tmp_path, name):
     save_lora(pipeline, denoiser_name(pipeline), tmp_path / "lora")
     plain = load_as_printed(tiny, pipeline, tmp_path)
     assert type(plain) is type(pipeline)
-    assert torch.allclose(draw(plain, tiny), treated, atol=1e-5)
+    assert torch.allclose(draw(plain, tiny), treated, atol=CHAOS if name == "Kandinsky3Pipeline" else ROUNDING)
     assert (treated - base).abs().mean() > 1e-3
 
 
@@ -230,7 +235,7 @@ def test_the_printed_scale_is_a_scale_of_the_lora(tmp_path, name):
     with_lora(full, tmp_path, lora_alpha=4)
     save_lora(full, denoiser_name(full), tmp_path / "lora")
     plain = load_as_printed(tiny, full, tmp_path, scale=0.5)
-    assert torch.allclose(draw(plain, tiny), draw(half, tiny), atol=1e-6)
+    assert torch.allclose(draw(plain, tiny), draw(half, tiny), atol=ROUNDING)
     assert not torch.allclose(draw(full, tiny), draw(half, tiny), atol=1e-3)
 
 

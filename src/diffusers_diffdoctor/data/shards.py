@@ -27,6 +27,10 @@ ROWS_AT_A_TIME = 100  # in memory, and in a row group of a file: what the Hub's 
 MEGABYTE = 10**6
 SHARD_MEGABYTES = 256
 DEFAULT_SPLIT = "train"
+# "train-00000-of-00002.parquet", also with the hash that the Hub once put behind it, and "train.parquet" for the usual splits
+SPLIT_IN_NAME = re.compile(
+    r"(?:(\w+)-\d+(?:-of-\d+(?:-[0-9a-f]{8,})?)?|(train|test|validation|valid|val|dev))\.parquet"
+)
 
 
 class Quarantined(NamedTuple):
@@ -177,9 +181,9 @@ def find_shards(dataset: str | os.PathLike, split: str = DEFAULT_SPLIT, number: 
 def parquet_files(dataset: str | os.PathLike, split: str | None = None) -> list[Path]:
     """The Parquet files of a dataset in the order of their names, of all splits without one. See [`find_shards`]."""
     path = Path(dataset)
-    if path.is_file():
-        files = [path]
-    elif path.is_dir():
+    if path.is_file():  # named by itself, whatever split its name says
+        return [path]
+    if path.is_dir():
         _refuse_unfinished(path)
         files = _parquet_files(path)
     else:
@@ -246,7 +250,7 @@ def _of_split(files: Sequence[Path], split: str | None, dataset: str) -> list[Pa
             f"{dataset!r} has no Parquet file. Image files become a dataset by `diffdoctor data photos`; any other dataset of "
             "the library `datasets` by `dataset.to_parquet(path)`."
         )
-    splits = {file: match[1] for file in files if (match := re.fullmatch(r"(\w+)-\d+(-of-\d+)?\.parquet", file.name))}
+    splits = {file: match[1] or match[2] for file in files if (match := SPLIT_IN_NAME.fullmatch(file.name))}
     named = sorted(set(splits.values()))
     if split is None or len(splits) < len(files) or named == []:
         return list(files)
