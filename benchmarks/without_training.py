@@ -4,7 +4,7 @@
 On the miniature, with its prompts and seeds, all by the same detector. What became of the images is said by the judge, which none of the
 ways has asked. Time is processor time for each image that is kept, in multiples of a plain one.
 
-    python benchmarks/without_training.py                                       # the table of docs/experiments.md: three seeds
+    python benchmarks/without_training.py                                       # three seeds of the final split
     python benchmarks/without_training.py --split development --seeds 0         # to compare settings
     python benchmarks/without_training.py --lora runs/miniature                 # also with the LoRA that `make treat` left there
 

@@ -51,10 +51,14 @@ class ItemShard:
     @property
     def identity(self) -> dict[str, Any]:
         parts = (
-            f"{item.name}\0{size}\0{_evidence(item.annotation)}\0{item.problem}\0"
+            f"{item.name}\0{size}\0{self.evidence(item)}\0{item.problem}\0"
             for item, size in zip(self.items, self.sizes)
         )
         return {"name": self.items[0].name, "rows": self.rows, "bytes": sum(self.sizes), "sha256": digest(parts)}
+
+    def evidence(self, item: Any) -> str:
+        """What tells the annotation of an item from another one, without opening a mask."""
+        return _evidence(item.annotation)
 
     @property
     def features(self) -> Features:
@@ -73,7 +77,6 @@ class ItemShard:
 
 
 def _evidence(annotation: Any) -> str:
-    """What tells an annotation from another one without opening a mask."""
     if isinstance(annotation, Path):
         return f"{annotation.name}:{_size_of(annotation)}"
     return json.dumps(annotation, sort_keys=True, default=str)

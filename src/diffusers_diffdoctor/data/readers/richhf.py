@@ -14,14 +14,14 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, Value
+from datasets import Value
 from PIL import Image
 
-from ...files import digest, read_regular_file
+from ...files import read_regular_file
 from ...images import read_artifact_map
-from ..schema import FEATURES, Row, conform
+from ..schema import Row, conform
 from ..shards import SHARD_MEGABYTES, Quarantined, parquet_files, ranges_of_size
-from .reader import ANNOTATION, ImageFolder, Reader
+from .reader import ANNOTATION, ImageFolder, ItemShard, Reader
 from .tfrecord import parse_example, read_record, read_records
 
 
@@ -51,29 +51,13 @@ class RecordItem:
 
 
 @dataclass(frozen=True)
-class RecordShard:
+class RecordShard(ItemShard):
     """Records, each a row whose label the reader still has to make."""
 
     items: tuple[RecordItem, ...]
-    sizes: tuple[int, ...]  # bytes
-    first: int
-    dataset: int = 0
 
-    @property
-    def rows(self) -> int:
-        return len(self.items)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        parts = (
-            f"{item.name}\0{item.file.name}\0{item.offset}\0{size}\0{item.problem}\0"
-            for item, size in zip(self.items, self.sizes)
-        )
-        return {"name": self.items[0].name, "rows": self.rows, "bytes": sum(self.sizes), "sha256": digest(parts)}
-
-    @property
-    def features(self) -> Features:
-        return FEATURES
+    def evidence(self, item: RecordItem) -> str:
+        return f"{item.file.name}\0{item.offset}"
 
     def read(self) -> Iterator[Row | Quarantined]:
         pickapic = _RowGroups()
