@@ -14,20 +14,21 @@ weights for as many steps:
     mined          + hard cases that `mine` chose with the detector of `photos`
     random         + as many cases chosen by chance: the control that the paper omits
     pseudo         mined + pseudo-labels of the rest of the pool, by the detector of `mined`, of which only confidences from 0.5 count
-    dynamic        the same with dynamic augmentation: the robust detector
+    dynamic        the same with the paper's dynamic augmentation: sound images are shrunk and padded
     injected       injection into photographs and the pool's sound images alone, no annotation at all
 
-Each source is drawn as often as each other, so that many pseudo-labels do not thin out few masks.
+Sources of generated images are drawn as often as each other, so that many pseudo-labels do not thin out few masks, and photographs
+as often as all of them together, so that no rung sees fewer than the one before.
 
-Measured on fresh images of the better generator and on fresh photographs. A cell is a rung with a seed and its settings; one that
-exists is not run again.
+Measured on fresh images of the better generator and on fresh photographs, and on both at half their side. A cell is a rung with a seed
+and its settings; one that exists is not run again.
 """
 
 import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from diffusers_diffdoctor.data import FEATURES, Label, Photos, Score, find_shard
 from diffusers_diffdoctor.data.schema import conform, encode_png
 from diffusers_diffdoctor.data.shards import PATTERN, write_shard
 from diffusers_diffdoctor.detector import ArtifactDetectorTrainer
+from diffusers_diffdoctor.detector.augmentation import moved
 from diffusers_diffdoctor.evaluation.detector_figures import DetectorFigures
 from diffusers_diffdoctor.files import digest, write_atomically
 from diffusers_diffdoctor.miniature import load
@@ -52,8 +54,7 @@ from diffusers_diffdoctor.miniature.renderer import CATEGORIES, render, sample_s
 
 
 RUNGS = ("annotated", "photos", "mined", "random", "pseudo", "dynamic", "injected")
-# what a rung is trained on, and whose detector made it
-NEEDS = {"mined": ("photos",), "random": ("photos",), "pseudo": ("mined",), "dynamic": ("mined",)}
+BY_PSEUDO_LABELS = ("pseudo", "dynamic")
 SHARD_ROWS = 500
 BRUSH = 9  # pixels by which people paint too broadly, both sides together, of 64
 
@@ -70,6 +71,8 @@ class Settings:
     pool: int = 6000
     hard: int = 400
     tested: int = 1000  # images of the better generator, and as many photographs
+    photos_weight: float = 1.0  # of photographs in what is drawn, to all other sources together
+    shrink_probability: float = 0.25  # of dynamic augmentation
 
 
 # --- the world ---------------------------------------------------------------------------------------------------------------------
@@ -182,14 +185,20 @@ class World:
         found = {"annotated": self.annotated()}
         if rung != "annotated":
             found["photos"] = self.photos()
-        if rung in ("mined", "random", "pseudo", "dynamic"):
+        if rung in ("mined", "random", *BY_PSEUDO_LABELS):
             found["hard"] = self.hard(at_random=rung == "random")
-        if rung in ("pseudo", "dynamic"):
+        if rung in BY_PSEUDO_LABELS:
             found["pseudo"] = self.pseudo()
         return found
 
 
 # --- a rung ------------------------------------------------------------------------------------------------------------------------
+
+
+def weights_of(sources: Iterable[str], photos_weight: float) -> dict[str, float]:
+    """Sources of generated images alike, photographs as often as all of them together, times `photos_weight`."""
+    others = [name for name in sources if name != "photos"]
+    return dict.fromkeys(others, 1.0) | ({"photos": photos_weight * len(others)} if "photos" in sources else {})
 
 
 def train(rung: str, datasets: dict[str, Path], settings: Settings, seed: int, output: Path) -> None:
@@ -206,9 +215,9 @@ def train(rung: str, datasets: dict[str, Path], settings: Settings, seed: int, o
         overwrite_output_dir=True,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        source_weights=dict.fromkeys(rows, 1.0),
+        source_weights=weights_of(rows, settings.photos_weight),
         augmentation="light",
-        shrink_probability=0.5 if rung == "dynamic" else 0.0,
+        shrink_probability=settings.shrink_probability if rung == "dynamic" else 0.0,
         augmentation_kwargs={"shrink_below": 0.5},
     )
     trainer = ArtifactDetectorTrainer(
@@ -221,11 +230,12 @@ def train(rung: str, datasets: dict[str, Path], settings: Settings, seed: int, o
 
 @torch.inference_mode()
 def measure(detector: Path, settings: Settings, seed: int) -> dict[str, Any]:
-    """Figures on fresh images of the better generator (`generated`) and on fresh photographs (`photographs`)."""
+    """Figures on fresh images of the better generator (`generated`) and on fresh photographs (`photographs`), and of both `small`:
+    at half their side amid their mean colour, which does not count."""
     model = ArtifactDetectorForSemanticSegmentation.from_pretrained(detector).eval()
     result = {}
     for name, kind in (("generated", "test"), ("photographs", "photos")):
-        figures = DetectorFigures()
+        figures, small_figures = DetectorFigures(), DetectorFigures()
         found = list(scenes(kind, settings.tested, seed + 1_000_000))
         images = torch.from_numpy(np.stack([image for image, _, _ in found])).permute(0, 3, 1, 2).contiguous()
         truth = torch.from_numpy(np.stack([artifact_map for _, artifact_map, _ in found]))[:, None].float() / 255
@@ -234,14 +244,17 @@ def measure(detector: Path, settings: Settings, seed: int) -> dict[str, Any]:
         for start in range(0, len(images), 100):
             batch = slice(start, start + 100)
             columns = [columns for _, _, columns in found[batch]]
-            figures.update(
-                model.confidence(images[batch].float() / 255),
-                truth[batch],
+            described = (
                 [one["category"] for one in columns],
                 [one["generator"] for one in columns],
                 ["photo" if kind == "photos" else "rendered"] * len(columns),
             )
-        result[name] = figures.compute()
+            floats = images[batch].float() / 255
+            figures.update(model.confidence(floats), truth[batch], *described)
+            small = [moved(*pair, scale=0.5, reflect=False) for pair in zip(floats, truth[batch])]
+            small_images, small_truth = (torch.stack(part) for part in zip(*small))
+            small_figures.update(model.confidence(small_images), small_truth, *described)
+        result[name], result[f"small {name}"] = figures.compute(), small_figures.compute()
     return result
 
 

@@ -36,6 +36,8 @@ COLUMNS = {
     "misses %": ("generated", "all", "misses", 100),
     "false alarms %": ("generated", "all", "false_alarms", 100),
     "photos blamed %": ("photographs", "all", "false_alarms", 100),
+    "small misses %": ("small generated", "all", "misses", 100),
+    "small photos blamed %": ("small photographs", "all", "false_alarms", 100),
 }
 
 
