@@ -124,6 +124,7 @@ FLOORS = [
     {"rewards", "evaluation", "rollout"},
     {"treatment", "data", "repair"},
     {"miniature"},
+    {"ui"},
     {"cli"},
 ]
 

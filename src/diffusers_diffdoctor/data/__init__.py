@@ -5,6 +5,7 @@ A stage reads Parquet shards, writes Parquet shards and keeps count: rows in = r
 what lies in the folder of a dataset.
 """
 
+from .annotate import Annotate, annotate
 from .balance import balance, stand_out
 from .card import push_dataset
 from .drift import Describe, drift
@@ -23,6 +24,7 @@ from .stage import Stage, run_stage
 __all__ = [
     "FEATURES",
     "SOURCES",
+    "Annotate",
     "Compare",
     "Describe",
     "Inject",
@@ -31,6 +33,7 @@ __all__ = [
     "Photos",
     "Score",
     "Stage",
+    "annotate",
     "balance",
     "common_columns",
     "drift",
