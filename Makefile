@@ -1,5 +1,5 @@
 # Each target does all of its own set-up: a machine with Python, make and git is enough (Linux, macOS).
-.PHONY: treat test test-slow test-torchvision quality style setup clean
+.PHONY: treat test test-slow test-torchvision test-ui quality style setup clean
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -38,6 +38,17 @@ test-slow: $(STAMP)
 test-torchvision: $(STAMP)
 	$(BIN)/$(PIP) --no-deps --upgrade --target $(VENV)/torchvision torchvision
 	PYTHONPATH=tests/beside_torchvision:$(VENV)/torchvision $(BIN)/python -m pytest tests/detector
+
+# gradio asks for an older Pillow than the one that is pinned: so it lies apart, as does the library that drives a browser.
+PAGES := $(VENV)/pages
+
+test-ui: $(STAMP)
+	grep -v "^pillow" constraints.txt > $(VENV)/constraints-ui.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(subst constraints.txt,$(VENV)/constraints-ui.txt,$(PINS)) \
+		--target $(PAGES) --upgrade "gradio>=6.20" playwright
+	@command -v chromium chromium-browser google-chrome > /dev/null || test "$$(id -u)" != 0 || ! command -v apt-get > /dev/null \
+		|| { apt-get update -qq && apt-get install -y -qq chromium > /dev/null; }
+	PYTHONPATH=$(PAGES) $(PYTEST) tests/ui
 
 quality: $(STAMP)
 	$(BIN)/ruff check .

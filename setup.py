@@ -37,6 +37,7 @@ INSTALL_REQUIRES = [
 EXTRAS = {
     "quantization": ["torchao>=0.16"],
     "cluster": ["datatrove>=0.10"],
+    "ui": ["gradio>=6.20"],
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
@@ -69,6 +70,8 @@ setup(
             "py.typed",
             "**/*.md",
             "**/*.html",
+            "ui/page/*.css",
+            "ui/page/*.js",
             "**/*.yaml",
             "treatment/recipes/*.txt",
             "miniature/weights/**/*",

@@ -29,6 +29,7 @@ COMMANDS = {
     "evaluate-detector": "measure a detector on labelled images: figures by category and generator, its worst mistakes",
     "convert-detector": "convert the detector that the paper's authors released",
     "data": "make what detectors learn from: photographs, injected artifacts, pseudo-labels, mixtures",
+    "ui": "pages in the browser: paint masks, look at diagnoses, compare two folders",
     "miniature": "find, measure or rebuild the parts of the embedded miniature, render its scenes",
 }
 
