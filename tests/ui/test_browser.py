@@ -179,7 +179,7 @@ def test_images_are_dropped_and_compared(tmp_path, context):
             Image.fromarray(array).save(path)
     dropped = sorted((tmp_path / "after").rglob("*.png"))
     (tmp_path / "broken.png").write_bytes(b"no image")
-    detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(load("detector")).eval()
+    detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(load("detector"), dtype=torch.float32).eval()
     page = context.new_page()
     folders = ["--before", str(tmp_path / "before"), "--after", str(tmp_path / "after")]
     with served(["--detector", "miniature", *folders]) as server:
