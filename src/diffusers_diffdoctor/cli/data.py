@@ -22,6 +22,7 @@ STAGES = {
     "prompts": "prompts for categories that need more images, written by a language model",
     "synthesize": "images for prompts, by any pipelines of diffusers",
     "merge": "several datasets as one, in given proportions",
+    "loop": "all of it round by round, until the detector is robust: waits for people, skips what is done",
 }
 
 

@@ -24,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=5,
         help="after which an image whose page was closed is lent to another (default: %(default)s)",
     )
+    parser.add_argument(
+        "--restart",
+        action="store_true",
+        help="take these images instead of those of another dataset that the queue was begun with; masks stay with their images",
+    )
     parser.add_argument("--kinds", nargs="+", metavar="KIND", help="kinds of artifact to choose from")
     parser.add_argument(
         "--detector",
@@ -136,6 +141,7 @@ def _queue(args: argparse.Namespace, detector):
             loan_seconds=60 * args.loan_minutes,
             kinds=args.kinds or KINDS,
             suggest=detector.map_of if detector else None,
+            restart=args.restart,
         )
     except FolderInUse as error:
         raise ValueError(f"`--queue`: {error}") from error

@@ -216,3 +216,8 @@ def _loaded(detector: str, precision: str, device: str) -> tuple[torch.nn.Module
     model = model.eval().requires_grad_(False)
     weights = weights_sha256(model)
     return model.to(device=device, dtype=PRECISIONS[precision]), weights
+
+
+def release_detectors() -> None:
+    """Forget the detectors that this process keeps loaded."""
+    _loaded.cache_clear()

@@ -129,6 +129,11 @@ def _pipeline(name: str, dtype: str, device: str) -> Any:
     return pipeline.to(device)
 
 
+def release_pipelines() -> None:
+    """Forget the pipelines that this process keeps loaded."""
+    _pipeline.cache_clear()
+
+
 def prompt_shards(
     rows: Sequence[dict[str, Any]],
     pipelines: Sequence[str],

@@ -77,6 +77,7 @@ class Queue:
         loan_seconds: after which an image is lent to another, unless the page says that it is still there.
         kinds: of artifact to choose from.
         suggest: gives the first layer; without it the rows' own `artifact_map` does, where they have one.
+        restart: where the folder is of another dataset, take this one's images instead. The masks stay, each with its image.
         clock: gives the time in seconds.
 
     Raises:
@@ -93,6 +94,7 @@ class Queue:
         loan_seconds: float = 300,
         kinds: Sequence[str] = KINDS,
         suggest: Suggest | None = None,
+        restart: bool = False,
         clock: Callable[[], float] = time.time,
     ):
         if copies < 1:
@@ -105,7 +107,7 @@ class Queue:
         self._open = ExitStack()
         self._open.enter_context(only_run(self.folder))
         try:
-            plan = self._plan()
+            plan = self._plan(restart)
             self.items = {item["key"]: Item(**item) for item in plan["items"]}
             self.quarantined: list[dict[str, str]] = plan["quarantined"]
             self._loans: dict[str, dict[str, Any]] = _read_json(self.folder / LOANS) or {}
@@ -120,16 +122,19 @@ class Queue:
 
     # --- images ----------------------------------------------------------------------------------------------------------
 
-    def _plan(self) -> dict[str, Any]:
+    def _plan(self, restart: bool) -> dict[str, Any]:
         inputs = [shard.identity for shard in self.shards]
         plan = _read_json(self.folder / ITEMS)
-        if plan is not None:
-            if plan["inputs"] != inputs:
-                raise ValueError(
-                    f"{str(self.folder)!r} is the queue of another dataset. Choose another folder, or give the dataset "
-                    "that it was begun with."
-                )
+        if plan is not None and plan["inputs"] == inputs:
             return plan
+        if plan is not None:
+            if not restart:
+                raise ValueError(
+                    f"{str(self.folder)!r} is the queue of another dataset. Choose another folder, give the dataset that it was "
+                    "begun with, or restart (--restart): masks stay with their images."
+                )
+            for path in (self.folder / ITEMS, self.folder / LOANS, *self.folder.glob(f"{SUGGESTIONS}/*.png")):
+                path.unlink(missing_ok=True)
         items, quarantined = {}, []
         for number, shard in enumerate(self.shards):
             position = 0
