@@ -319,6 +319,7 @@ STANDS_FOR = {
 }
 
 
+@pytest.mark.slow
 def test_the_documentation_runs(hub, api, tmp_path):
     """The blocks marked runnable in the quick tour and all of the page on the Hub, in the order of the pages; those for people
     who have not installed this package run without it.
@@ -374,6 +375,7 @@ assert main(["data", "merge", "diffdoctor/nothing", "-o", "other"]) == 1
 """
 
 
+@pytest.mark.slow
 def test_a_dataset_goes_to_the_hub_and_back(hub):
     hub.python(MAKE_DATASET)
     address = hub.python(PUSH_DATASET).splitlines()[-1]

@@ -232,6 +232,7 @@ print((peak() - before) // 2**10)
 """
 
 
+@pytest.mark.slow
 def test_an_archive_that_unpacks_to_more_than_itself(copy, tmp_path, marker):
     bomb(tmp_path / "bomb.pt")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}

@@ -57,6 +57,7 @@ def test_without_npm_the_emoji_are_skipped_with_a_reason(tmp_path, monkeypatch):
         emoji.fetch(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_emoji_benchmark_runs_and_keeps_its_cells(tmp_path, capsys):
     """With scenes of the renderer under the names of emoji."""
     folder = tmp_path / "cache" / emoji.VERSION / "package/assets"
@@ -77,6 +78,7 @@ def test_the_emoji_benchmark_runs_and_keeps_its_cells(tmp_path, capsys):
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "results").iterdir()}
 
 
+@pytest.mark.slow
 def test_the_benchmark_on_the_renderer_runs_and_keeps_its_cells(tmp_path, monkeypatch):
     monkeypatch.setattr(injection, "TESTED", 8)
     folder = tmp_path / "results"

@@ -2,12 +2,15 @@
 import sys
 from pathlib import Path
 
+import pytest
+
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 import without_training
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_keeps_its_cells(tmp_path, capsys):
     arguments = ["--split", "development", "--seeds", "0", "--count", "2", "--tries", "1", "--results", str(tmp_path)]
     cells = without_training.main(arguments)

@@ -31,6 +31,7 @@ def questions(count, seed=0):
     return [Request(f"one prompt of this category: hand {i}. Go", seed=seed) for i in range(count)]
 
 
+@pytest.mark.slow
 def test_a_thousand_requests_with_faults_lose_none_and_ask_none_twice(tmp_path):
     with serve(faults=0.2, slow=1.0) as server:
         asking = asker(server, tmp_path, timeout=0.6, attempts=12, readings=6)

@@ -71,6 +71,7 @@ def test_treat_flux_under_accelerate(folder, monkeypatch):
     assert loaded["pipe"].get_active_adapters() and loaded["pipe"].dtype == torch.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("example", "build"), [("treat_sdxl", tiny_sdxl), ("treat_kolors", tiny_kolors)])
 def test_treat_sdxl_and_kolors_with_their_recipes(folder, example, build, monkeypatch, capsys):
     """The recipe decides all but the sizes: guidance, the window of a quarter, the 8-bit optimizer, accumulation."""

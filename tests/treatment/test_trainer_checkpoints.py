@@ -110,7 +110,7 @@ tiny_trainer({folder!r}, save_total_limit=1, **{run!r}).train()
 """
 
 
-@pytest.mark.parametrize("place", ["rng", "state"])
+@pytest.mark.parametrize("place", [pytest.param("rng", marks=pytest.mark.slow), "state"])
 def test_a_run_killed_in_the_middle_of_a_save_resumes_from_the_last_whole_checkpoint(tmp_path, place):
     code = KILLED.format(folder=str(tmp_path / "run"), run=RUN, place=place)
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)

@@ -233,6 +233,7 @@ SETS = [
 ]
 
 
+@pytest.mark.slow
 def test_names_of_sets_stay_in_the_output_folder(tmp_path):
     folder = tmp_path / "a/b/out"
     parts = {"eval_dataset": {name: rows(HELD_OUT[:1]) for name in SETS}}
