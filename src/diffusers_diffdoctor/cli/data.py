@@ -18,6 +18,7 @@ STAGES = {
     "balance": "categories and generators in which a detector sees more artifacts, or fewer, than elsewhere",
     "mine": "the hard cases of a dataset, which people should label, apart from the simple ones",
     "annotate": "the masks that people painted in `diffdoctor ui`, where they agree",
+    "export": "masks for people to correct, as tasks of Label Studio",
     "drift": "whether a new generator's images look like what a detector knows",
     "prompts": "prompts for categories that need more images, written by a language model",
     "synthesize": "images for prompts, by any pipelines of diffusers",

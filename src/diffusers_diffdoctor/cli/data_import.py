@@ -139,6 +139,11 @@ def _label_studio(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-key", default="image", metavar="KEY", help="of the image in a task's data (default: %(default)s)"
     )
+    parser.add_argument(
+        "--predictions",
+        action="store_true",
+        help='also take the predictions of tasks that nobody has annotated, as rows of the source "pseudo"',
+    )
 
 
 OPTIONS = {

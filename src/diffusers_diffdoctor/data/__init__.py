@@ -10,6 +10,7 @@ from .balance import balance, stand_out
 from .card import push_dataset
 from .drift import Describe, drift
 from .evaluate import Compare, evaluate_detector
+from .export import export_label_studio
 from .inject import Inject
 from .label import Label
 from .merge import Merge, common_columns, shares_of
@@ -38,6 +39,7 @@ __all__ = [
     "common_columns",
     "drift",
     "evaluate_detector",
+    "export_label_studio",
     "find_or_load_shards",
     "find_shards",
     "group_files",

@@ -11,7 +11,7 @@ from fixtures.annotations import SIZE, imported, picture, pixels, square
 from PIL import Image, ImageDraw
 
 from diffdoctor import main
-from diffusers_diffdoctor.data.readers.label_studio import decode_brush
+from diffusers_diffdoctor.data.brushes import decode_brush, encode_brush
 
 
 WIDTH, HEIGHT = SIZE
@@ -68,6 +68,14 @@ def test_brushes_are_what_label_studio_packed(mask):
     brush = pytest.importorskip("label_studio_sdk.converter.brush")
     packed = brush.mask2rle(mask.astype(np.uint8) * 255)
     assert np.array_equal(decode_brush(list(packed), mask.shape[::-1]), mask)
+
+
+@pytest.mark.parametrize("mask", masks().values(), ids=masks().keys())
+def test_packed_brushes_are_read_by_us_and_by_label_studio(mask):
+    packed = encode_brush(mask)
+    assert np.array_equal(decode_brush(packed, mask.shape[::-1]), mask)
+    brush = pytest.importorskip("label_studio_sdk.converter.brush")
+    assert np.array_equal(brush.decode_rle(packed).reshape(*mask.shape, 4), mask[..., None] * np.repeat(255, 4))
 
 
 def test_what_is_no_brush_is_refused():

@@ -1,10 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""Label Studio's JSON export: brushes, polygons and rectangles of one or several people.
-
-A brush is the picture of its layer, RGBA, packed by the run lengths of thi.ng's rle-pack: bits, in which stand the number of values
-(32), the bits of a value less 1 (5), four times the bits of a length less 1 (4 each), and then runs: whether one value is repeated
-(1), which of the four lengths it has (2), the length less 1, and that value, or so many.
-"""
+"""Label Studio's JSON export: brushes, polygons and rectangles of one or several people."""
 
 import math
 import re
@@ -16,12 +11,12 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 
+from ..brushes import decode_brush
 from ..shards import SHARD_MEGABYTES
 from .reader import IGNORED, ImageFolder, Item, ItemShard, RegionReader, check_size, group_items, read_json
 from .shapes import points_of, polygon_mask
 
 
-OPAQUE = 128  # alpha from which a brush covers a pixel
 UPLOADED = re.compile(r"^[0-9a-f]{8}-")  # what Label Studio puts before the name of a file that was uploaded
 # results that say something about the image, or between regions, and draw nothing
 WITHOUT_REGION = ("choices", "textarea", "rating", "number", "taxonomy", "datetime", "ranker", "pairwise", "relation")
@@ -33,14 +28,19 @@ class LabelStudio(RegionReader):
     annotated a task, each pixel's value is the share of those in whose view it is an artifact; it does not count where one of them says
     so. Annotations that were skipped (cancelled) are nobody's view.
 
+    What `data` says of `prompt`, `generator` and `category`, as texts, is taken over; a `category` replaces the artifacts' names.
+
     Args:
         images: folder of the images; None: that of the JSON file. A task's image is found by its path, or by its name without what
             Label Studio put before it.
         image_key: key of the image in a task's `data`.
+        predictions: tasks that nobody has annotated become rows of the source "pseudo", by their predictions; they are quarantined
+            otherwise.
     """
 
     images: str | None = field(default=None, compare=False)  # where they lie is no setting
     image_key: str = "image"
+    predictions: bool = False
 
     name: ClassVar[str] = "import label-studio"
 
@@ -48,7 +48,8 @@ class LabelStudio(RegionReader):
         tasks = read_json(source)
         if not isinstance(tasks, list) or not tasks:
             raise ValueError(f"{str(source)!r} is no list of tasks: export them from Label Studio as JSON.")
-        if not any(isinstance(task, dict) and "data" in task and "annotations" in task for task in tasks):
+        wanted = {"annotations", "predictions"} if self.predictions else {"annotations"}
+        if not any(isinstance(task, dict) and "data" in task and not wanted.isdisjoint(task) for task in tasks):
             raise ValueError(f"{str(source)!r} has no tasks with annotations: export them as JSON, not as JSON-MIN.")
         images = ImageFolder(Path(self.images) if self.images is not None else source.parent)
         return group_items([self._item(images, task) for task in tasks], shard_megabytes)
@@ -61,25 +62,45 @@ class LabelStudio(RegionReader):
         if not isinstance(wanted, str) or not wanted:
             return Item(name, None, None, f"the task has no {self.image_key!r}")
         image, problem = find_uploaded(images, wanted)
-        annotations = task.get("annotations")
-        views = [one for one in annotations if isinstance(one, dict)] if isinstance(annotations, list) else []
-        results = [one.get("result") for one in views if not one.get("was_cancelled")]
+        results, source = _results(task, "annotations"), "human"
+        if not results and self.predictions:
+            results, source = _results(task, "predictions"), "pseudo"
         if not results:
             problem = problem or "nobody has annotated the task"
         elif not all(isinstance(result, list) and all(isinstance(one, dict) for one in result) for result in results):
             problem = problem or "an annotation has no list of results"
-        return Item(name if image is None else images.name_of(image), image, results, problem)
+        annotation = {"results": results, "columns": _columns(data) | {"source": source}}
+        return Item(name if image is None else images.name_of(image), image, annotation, problem)
 
-    def label(self, annotation: list[list[dict]], size: tuple[int, int]) -> dict[str, Any]:
+    def label(self, annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
+        results = annotation["results"]
         votes, ignored, names = np.zeros(size[::-1]), np.zeros(size[::-1], bool), set()
-        for result in annotation:
+        for result in results:
             regions = list(_regions(result, size))
             artifact, mine = self.maps(regions, size)
             votes += artifact
             ignored |= mine
             names |= {name for name, _ in regions if name is not None and self.role(name) == "artifact"}
-        values = (votes * (255 / len(annotation))).round().astype(np.uint8)
-        return {"artifact_map": values, IGNORED: ignored, "category": sorted(names)}
+        values = (votes * (255 / len(results))).round().astype(np.uint8)
+        return {"artifact_map": values, IGNORED: ignored, "category": sorted(names)} | annotation["columns"]
+
+
+def _columns(data: dict[str, Any]) -> dict[str, Any]:
+    """What a task says of its image."""
+    found = {name: data.get(name) for name in ("prompt", "generator")}
+    columns: dict[str, Any] = {name: text for name, text in found.items() if isinstance(text, str) and text}
+    names = data.get("category")
+    names = [names] if isinstance(names, str) else names
+    if isinstance(names, list) and names and all(isinstance(name, str) and name.strip() for name in names):
+        columns["category"] = names
+    return columns
+
+
+def _results(task: dict[str, Any], kind: str) -> list[Any]:
+    """What each annotation of a task says, or each prediction."""
+    views = task.get(kind)
+    views = [one for one in views if isinstance(one, dict)] if isinstance(views, list) else []
+    return [one.get("result") for one in views if not one.get("was_cancelled")]
 
 
 def find_uploaded(images: ImageFolder, wanted: str) -> tuple[Path | None, str | None]:
@@ -132,58 +153,3 @@ def _rectangle(value: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
     cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
     corners = _in_pixels(np.array([(0, 0), (sides[0], 0), sides, (0, sides[1])]), size)
     return _in_pixels(corner, size) + corners @ np.array([(cos, sin), (-sin, cos)])
-
-
-# --- brushes -------------------------------------------------------------------------------------------------------------------
-
-
-def decode_brush(packed: Any, size: tuple[int, int]) -> np.ndarray:
-    """What a brush covers.
-
-    Args:
-        packed: bytes as a list of numbers.
-        size: (width, height) of the image.
-
-    Returns:
-        bool (H, W).
-
-    Raises:
-        ValueError: it is cut, no such list, or of another size.
-    """
-    if not isinstance(packed, list) or not all(isinstance(one, int) and 0 <= one < 256 for one in packed):
-        raise ValueError("a brush is no list of bytes")
-    bits, (width, height) = _Bits(bytes(packed)), size
-    count, value_bits = bits.read(32), bits.read(5) + 1
-    length_bits = [bits.read(4) + 1 for _ in range(4)]
-    if count != 4 * width * height:
-        raise ValueError(f"a brush has {count} values, which are not those of {width} x {height} pixels")
-    if value_bits != 8:
-        raise ValueError(f"a brush has values of {value_bits} bits, expected were 8")
-    values, at = np.zeros(count, np.uint8), 0
-    while at < count:
-        repeated = bits.read(1)
-        end = at + bits.read(length_bits[bits.read(2)]) + 1
-        if end > count:
-            raise ValueError("a brush's runs are longer than it")
-        if repeated:
-            values[at:end] = bits.read(8)
-        else:
-            values[at:end] = np.frombuffer(bits.read(8 * (end - at)).to_bytes(end - at, "big"), np.uint8)
-        at = end
-    return values.reshape(height, width, 4)[..., 3] >= OPAQUE
-
-
-class _Bits:
-    """Numbers of any length from bytes, the highest bit first."""
-
-    def __init__(self, data: bytes):
-        self.data, self.at = data, 0
-
-    def read(self, length: int) -> int:
-        end = self.at + length
-        if end > 8 * len(self.data):
-            raise ValueError("a brush is cut short")
-        last = (end + 7) // 8
-        number = int.from_bytes(self.data[self.at // 8 : last], "big") >> (8 * last - end)
-        self.at = end
-        return number & ((1 << length) - 1)
