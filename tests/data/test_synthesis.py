@@ -1,13 +1,14 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Prompts that a language model writes, images that a pipeline makes of them, and a local model that chooses by likelihood."""
 
+import argparse
 import json
 from itertools import combinations
 
 import numpy as np
 import pytest
 import torch
-from fixtures.rows import photo_bytes
+from fixtures.rows import photo_bytes, write_rows
 from language_server import serve
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -22,6 +23,7 @@ from transformers import (
 
 from diffdoctor import main
 from diffusers_diffdoctor import miniature
+from diffusers_diffdoctor.cli import data_categorize
 from diffusers_diffdoctor.data import find_shards
 from diffusers_diffdoctor.data.language import Request
 from diffusers_diffdoctor.data.language.local import LocalModel
@@ -157,8 +159,6 @@ def test_likelihood_is_that_of_a_loop_by_hand(seeing):
 
 
 def test_a_random_local_model_is_quarantined_when_it_writes_and_chooses_from_the_vocabulary(tmp_path, seeing, capsys):
-    from fixtures.rows import write_rows
-
     write_rows(tmp_path / "pool/train-00000.parquet", [{"image": photo_bytes(i)} for i in range(3)])
     command = ["data", "categorize", str(tmp_path / "pool"), "--model", seeing, "--local", "--device", "cpu"]
     main([*command, "-o", str(tmp_path / "written")])
@@ -168,3 +168,29 @@ def test_a_random_local_model_is_quarantined_when_it_writes_and_chooses_from_the
     rows = [row for shard in find_shards(tmp_path / "chosen") for row in shard.read()]
     assert len(rows) == 3 and all(row["category"] and {*row["category"]} <= {"hand", "dog"} for row in rows)
     assert main(command) == 0
+
+
+def test_processes_share_the_images_and_each_has_a_gpu_of_its_own(tmp_path, seeing, capsys, monkeypatch):
+    for part in range(2):
+        write_rows(tmp_path / f"pool/train-0000{part}.parquet", [{"image": photo_bytes(2 * part + i)} for i in (0, 1)])
+    command = ["data", "categorize", str(tmp_path / "pool"), "--model", seeing, "--local", "--likelihood"]
+    command += ["--vocabulary", "hand", "dog", "-o", str(tmp_path / "out"), "--device", "cpu"]
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as accelerate and torchrun set it
+    monkeypatch.setenv("RANK", "1")
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "2 requests" in said and "Others are not yet" in said
+    monkeypatch.setenv("RANK", "0")
+    assert main(command) == 0
+    said = capsys.readouterr().out
+    assert "2 requests" in said and "4 in = 4 out + 0 quarantined" in said
+
+    # no GPU here: onto which the model would be loaded
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    parser = argparse.ArgumentParser()
+    data_categorize.add_arguments(parser)
+    args = parser.parse_args(command[2:-2])
+    for local_rank, device in (("0", "cuda"), ("1", "cuda:1")):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        model = data_categorize._local(args)
+        assert (model.device, model.dtype) == (device, torch.bfloat16)

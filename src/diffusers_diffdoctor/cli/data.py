@@ -98,7 +98,12 @@ def add_looking(parser: argparse.ArgumentParser, several: bool = False) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=32, help="most images at a time (default: %(default)s)")
     parser.add_argument("--decoders", type=int, default=4, help="threads that decode images (default: %(default)s)")
-    parser.add_argument("--device", help="such as cpu, cuda, cuda:1, mps; by default the best there is")
+    add_place(parser)
+
+
+def add_place(parser: argparse.ArgumentParser, device: str = "by default the best there is") -> None:
+    """Where this process works, and which of several it is."""
+    parser.add_argument("--device", help=f"such as cpu, cuda, cuda:1, mps; {device}")
     parser.add_argument(
         "--rank", type=int, help="of this process among those that share the work; by default the launcher's"
     )
@@ -114,13 +119,23 @@ def detectors_of(args: argparse.Namespace) -> list[str]:
 
 def looking(args: argparse.Namespace) -> dict[str, Any]:
     """The options of a `DetectorStage`."""
+    device = device_of(args)
+    precision = precision_on(device, args.precision)
+    return {"precision": precision, "device": device, "batch_size": args.batch_size, "decoders": args.decoders}
+
+
+def device_of(args: argparse.Namespace) -> str:
+    """The device that the arguments name, or the best there is: each process of a launcher has a GPU of its own."""
     from .diagnose import best_device
 
-    device = args.device or best_device(int(os.environ.get("LOCAL_RANK", 0)))
-    precision = args.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.startswith("cuda") else "float32"
-    return {"precision": precision, "device": device, "batch_size": args.batch_size, "decoders": args.decoders}
+    return args.device or best_device(int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def precision_on(device: str, precision: str = "auto") -> str:
+    """What "auto" means on a device."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if device.startswith("cuda") else "float32"
 
 
 def place(args: argparse.Namespace) -> dict[str, int]:

@@ -1,9 +1,12 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""`diffdoctor data categorize DATASET --model NAME --output DIR`: what is in each image, by a language model that sees."""
+"""`diffdoctor data categorize DATASET --model NAME --output DIR`: what is in each image, by a language model that sees.
+
+A local model on several GPUs: accelerate launch -m diffdoctor data categorize ... --local, with the same arguments.
+"""
 
 import argparse
 
-from .data import add_dataset, add_output, run_stage_of, shards_of
+from .data import add_dataset, add_output, add_place, device_of, place, precision_on, run_stage_of, shards_of
 from .language import add_language, asking, endpoint_of, synonyms_of
 
 
@@ -16,7 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --local: choose from the vocabulary by likelihood, one look for each name, instead of letting the model write",
     )
-    parser.add_argument("--device", help="of a local model; by default the best there is")
     parser.add_argument("--vocabulary", nargs="+", default=[], metavar="NAME", help="the only names; by default any")
     parser.add_argument("--synonyms", metavar="FILE", help='JSON: {"hand": ["palm", "fist"], ...}')
     parser.add_argument("--most", type=int, default=5, metavar="N", help="names for an image (default: %(default)s)")
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--side", type=int, default=768, help="longest side that is shown, in pixels (default: %(default)s)"
     )
     parser.add_argument("--again", action="store_true", help="also replace categories that are there")
+    add_place(parser, "of a local model; by default the best there is")
     add_output(parser, workers=False)
 
 
@@ -46,15 +49,15 @@ def run(args: argparse.Namespace) -> int:
         f"{shortened(args.model)}{how}", tuple(args.vocabulary), synonyms, args.most, args.side, args.again
     )
     with asking(args, _local(args) if args.local else endpoint_of(args)) as asker:
-        return run_stage_of(args, replace(stage, asker=asker), shards)
+        return run_stage_of(args, replace(stage, asker=asker), shards, **place(args))
 
 
 def _local(args: argparse.Namespace):
     import torch
 
     from ..data.language.local import LocalModel
-    from .diagnose import best_device
 
-    device = args.device or best_device()
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return LocalModel(args.model, likelihood=args.likelihood, device=device, dtype=dtype)
+    device = device_of(args)
+    return LocalModel(
+        args.model, likelihood=args.likelihood, device=device, dtype=getattr(torch, precision_on(device))
+    )

@@ -5,9 +5,8 @@ On several GPUs: accelerate launch -m diffdoctor data synthesize ..., with the s
 """
 
 import argparse
-import os
 
-from .data import add_output, place, run_stage_of
+from .data import add_output, add_place, device_of, place, precision_on, run_stage_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,23 +27,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time (default: %(default)s)")
     parser.add_argument("--shard-rows", type=int, default=256, metavar="N", help="of a file (default: %(default)s)")
-    parser.add_argument("--device", help="by default the best there is")
-    parser.add_argument(
-        "--rank", type=int, help="of this process among those that share the work; by default the launcher's"
-    )
-    parser.add_argument("--world-size", type=int, help="number of these processes; by default the launcher's")
+    add_place(parser)
     add_output(parser, workers=False)
 
 
 def run(args: argparse.Namespace) -> int:
     from ..data.synthesize import Synthesize, prompt_shards, read_prompt_file
-    from .diagnose import best_device
 
     rows = read_prompt_file(args.prompts)
     shards = prompt_shards(rows, args.pipeline, args.steps, images=args.images, seed=args.seed, size=args.shard_rows)
-    device = args.device or best_device(int(os.environ.get("LOCAL_RANK", 0)))
-    precision = args.precision
-    if precision == "auto":
-        precision = "bfloat16" if device.startswith("cuda") else "float32"
+    device = device_of(args)
+    precision = precision_on(device, args.precision)
     stage = Synthesize(args.width, args.height, args.guidance_scale, precision, args.batch_size, device)
     return run_stage_of(args, stage, shards, **place(args))

@@ -21,7 +21,7 @@ class Budget:
 
     A request is sent if it fits even when its answer is as long as it may be and its question as long as the longest so far, as
     do those under way. What a question really costs is known from the answer alone, so that a first one of unusual length can go
-    over the limit.
+    over the limit. Processes that ask at the same time know of each other what was answered, and not what is under way.
 
     Args:
         requests, tokens, money: limits; None is no limit. Retries are requests. Tokens are those in and out.
