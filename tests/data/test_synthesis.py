@@ -3,7 +3,9 @@
 
 import argparse
 import json
+import shutil
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from transformers import (
 from diffdoctor import main
 from diffusers_diffdoctor import miniature
 from diffusers_diffdoctor.cli import data_categorize
-from diffusers_diffdoctor.data import find_shards
+from diffusers_diffdoctor.data import find_shards, synthesize
 from diffusers_diffdoctor.data.language import Request
 from diffusers_diffdoctor.data.language.local import LocalModel
 from diffusers_diffdoctor.data.prompts import PromptRules, flagged_categories, similarity, trigrams
@@ -87,6 +89,77 @@ def test_synthesize_is_what_the_pipeline_makes(tmp_path, capsys):
     generator = torch.Generator().manual_seed(7)
     image = pipeline(prompt, num_inference_steps=2, generator=generator, width=64, height=64).images[0]
     assert np.array_equal(np.asarray(decode_image(rows[1])), np.asarray(image))
+
+
+def test_a_pipeline_that_fails_stops_no_other_and_is_tried_again(tmp_path, capsys, monkeypatch):
+    whole = miniature.load("pipeline")
+    broken, moody = tmp_path / "broken", tmp_path / "moody"
+    for folder in (broken, moody):
+        shutil.copytree(whole, folder)
+    weights = broken / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    prompts = [{"prompt": one["prompt"], "seed": i} for i, one in enumerate(miniature.prompts("final")[:3])]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in prompts))
+    loads = []
+    load = synthesize._load
+
+    def loaded(name, *place):
+        """The pipeline "moody" cannot stand the second prompt."""
+        loads.append(Path(name).name)
+        pipeline = load(name, *place)
+        if Path(name) != moody or (moody / "calm").exists():
+            return pipeline
+
+        def call(prompt, **options):
+            if prompts[1]["prompt"] in prompt:
+                raise RuntimeError(f"not this one, in {moody}")
+            return pipeline(prompt=prompt, **options)
+
+        return call
+
+    monkeypatch.setattr(synthesize, "_load", loaded)
+    monkeypatch.setattr(synthesize, "_held", {})
+    out = tmp_path / "out"
+    command = ["data", "synthesize", str(tmp_path / "prompts.jsonl"), "--steps", "1", "--shard-rows", "2"]
+    command += ["-o", str(out), "--device", "cpu", "--width", "32", "--height", "32"]
+    command += ["--pipeline", str(broken), str(moody), str(whole)]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    assert "9 in = 5 out + 4 quarantined" in said and "4 of them failed and might succeed" in said
+    assert "broken failed: `pipeline`" in said and "moody failed: not this one, in moody: 1" in said
+    assert loads == ["broken", "broken", "moody", "pipeline"]  # the first has two shards
+    rows = [(row["generator"], row["seed"]) for shard in find_shards(out) for row in shard.read()]
+    assert rows == [("moody", 0), ("moody", 2)] + [("pipeline", i) for i in range(3)]
+    kept = "".join(file.read_text() for name in ("*.jsonl", "*.json", "README.md") for file in out.rglob(name))
+    assert str(tmp_path) not in kept
+
+    # the next run does what is missing: all of the broken one, and the other's shard with the second prompt
+    shutil.copy(whole / "vae" / weights.name, weights)
+    (moody / "calm").touch()
+    times = {file.name: file.stat().st_mtime_ns for file in (out / "data").iterdir()}
+    loads.clear()
+    assert main(command) == 0
+    assert "9 in = 9 out + 0 quarantined" in capsys.readouterr().out and loads == ["broken", "moody"]
+    done = {file.name for file in (out / "data").iterdir() if file.stat().st_mtime_ns != times[file.name]}
+    assert sorted(name[6:11] for name in done) == ["00000", "00001", "00002"]
+    images = {}
+    for row in (row for shard in find_shards(out) for row in shard.read()):
+        images.setdefault(row["seed"], []).append(np.asarray(decode_image(row)))
+    assert all(
+        len(same) == 3 and np.array_equal(same[0], same[1]) and np.array_equal(same[0], same[2])
+        for same in images.values()
+    )
+    loads.clear()
+    assert main(command) == 0 and loads == []
+
+
+def test_pipelines_that_end_in_the_same_name_are_refused(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a cup\n")
+    names = [str(tmp_path / "one/flux"), str(tmp_path / "two/flux")]
+    command = ["data", "synthesize", str(tmp_path / "p.txt"), "--pipeline", *names, "--steps", "1"]
+    assert main([*command, "-o", str(tmp_path / "out")]) == 1
+    assert "`pipelines` must end in different names, found flux, flux: rename a folder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -184,6 +184,9 @@ def report(args: argparse.Namespace, work: Callable[[], dict[str, Any] | None]) 
     print(line_of(counts))
     if counts["quarantined"]:
         print(f"Quarantined ({args.output}/quarantine): {listed(counts['quarantined'])}")
+    if counts["again"]:
+        print(f"{counts['again']} of them failed and might succeed: run the same command again to try them alone.")
+        return 1
     if args.push_to_hub:
         print(push_dataset(args.output, args.push_to_hub, private=args.private or None))
     return 0 if sum(counts["rows_out"].values()) else 1

@@ -38,6 +38,7 @@ class Quarantined(NamedTuple):
 
     path: str | None  # of its image, as the row names it
     reason: str
+    again: bool = False  # whether another run of the stage should try it
 
 
 @dataclass(frozen=True)

@@ -141,6 +141,7 @@ def run_shard(
             "rows_out": written,
             "left_out": given["left out"],
             "quarantined": dict(Counter(row.reason for row in quarantine).most_common()),
+            "again": sum(row.again for row in quarantine),
             "facts": dict(sorted(tally.items())),
             "bytes": {file.name: file.stat().st_size for file in files.values()},
         }
@@ -187,7 +188,8 @@ def run_stage(
     show_progress: bool = True,
     extra: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
-    """Run a stage over all shards that are not done yet, and finish the dataset when the last one is.
+    """Run a stage over all shards that are not done yet, and finish the dataset when the last one is. Shards with rows that are
+    quarantined but might succeed (`Quarantined.again`) are done, and a later run does them once more.
 
     Args:
         stage: what to do.
@@ -201,8 +203,8 @@ def run_stage(
         extra: facts for the plan that do not make another run of it, such as how many files were skipped.
 
     Returns:
-        The counts: `rows_in` = sum of `rows_out` (by split) + `left_out` + sum of `quarantined` (by reason), and the `facts` of
-        the card; None while shards of other ranks are missing.
+        The counts: `rows_in` = sum of `rows_out` (by split) + `left_out` + sum of `quarantined` (by reason, `again` of which are
+        worth another run), and the `facts` of the card; None while shards of other ranks are missing.
 
     Raises:
         ValueError: the folder holds another stage, other settings or other inputs; they are named.
@@ -225,8 +227,8 @@ def run_stage(
             _settle(output_dir, plan, extra or {}, restart, len(shards))
         markers = {number: read_marker(output_dir, number) for number in range(len(shards))}
         mine = [number for number in range(len(shards)) if number % world_size == rank]
-        todo = [number for number in mine if markers[number] is None]
-        done = sum(shards[number].rows for number in mine if markers[number] is not None)
+        todo = [number for number in mine if markers[number] is None or markers[number].get("again")]
+        done = sum(shards[number].rows for number in mine if number not in todo)
         total = sum(shards[number].rows for number in mine)
         job = partial(run_shard, stage, count=len(shards), output_dir=output_dir)
         with tqdm(
@@ -332,6 +334,7 @@ def _finish(output_dir: Path, count: int) -> dict[str, Any] | None:
         "rows_out": dict(rows_out),
         "left_out": sum(marker["left_out"] for marker in markers),
         "quarantined": dict(quarantined.most_common()),
+        "again": sum(marker.get("again", 0) for marker in markers),
         "facts": dict(facts),
     }
     out = sum(rows_out.values()) + counts["left_out"] + sum(quarantined.values())

@@ -3,9 +3,9 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,7 +62,8 @@ class PromptShard:
 
 @dataclass(frozen=True)
 class Synthesize(Stage):
-    """Rows get the image that their pipeline makes of their prompt. What it cannot make is quarantined.
+    """Rows get the image that their pipeline makes of their prompt. What it cannot make is quarantined: where the pipeline cannot be
+    loaded or raises an error, for the next run to try again.
 
     Args:
         width, height: in pixels; the pipeline's own without them.
@@ -91,17 +92,25 @@ class Synthesize(Stage):
             raise ValueError(f"`dtype` must be float32, bfloat16 or float16, found {self.dtype!r}.")
 
     def process(self, rows: Iterator[Row], shard: Shard) -> Iterator[Result]:
-        pipeline = _pipeline(shard.pipeline, self.dtype, self.device)
-        batch: list[Row] = []
-        for row in rows:
-            batch.append(row)
-            if len(batch) == self.batch_size:
-                yield from self._rendered(pipeline, batch)
-                batch = []
-        if batch:
-            yield from self._rendered(pipeline, batch)
+        try:
+            pipeline = _pipeline(shard.pipeline, self.dtype, self.device)
+        except Exception as error:  # one pipeline must not stop the others
+            yield from _failed(rows, shard.pipeline, error)
+            return
+        while batch := list(islice(rows, self.batch_size)):
+            try:
+                images = self._images(pipeline, batch)
+            except Exception as error:
+                yield from _failed(batch, shard.pipeline, error)
+                continue
+            for row, image in zip(batch, images, strict=True):
+                if np.isfinite(image).all():
+                    pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+                    yield {**row, "image": encode_png(pixels, row["image"]["path"])}
+                else:
+                    yield Quarantined(row_name(row), "the pipeline gave pixels that are not numbers")
 
-    def _rendered(self, pipeline: Any, rows: list[Row]) -> Iterator[Result]:
+    def _images(self, pipeline: Any, rows: list[Row]) -> np.ndarray:
         options = {"width": self.width, "height": self.height, "guidance_scale": self.guidance_scale}
         with torch.inference_mode():
             images = pipeline(
@@ -111,16 +120,30 @@ class Synthesize(Stage):
                 output_type="np",
                 **{name: value for name, value in options.items() if value is not None},
             ).images
-        for row, image in zip(rows, images, strict=True):
-            if not np.isfinite(image).all():
-                yield Quarantined(row_name(row), "the pipeline gave pixels that are not numbers")
-                continue
-            pixels = (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
-            yield {**row, "image": encode_png(pixels, row["image"]["path"])}
+        if len(images) != len(rows):
+            raise ValueError(f"it gave {len(images)} images for {len(rows)} prompts")
+        return images
 
 
-@cache
-def _pipeline(name: str, dtype: str, device: str) -> Any:
+def _failed(rows: Iterable[Row], pipeline: str, error: Exception) -> Iterator[Quarantined]:
+    """Rows that another run should try. The reason does not say where the pipeline lies."""
+    why = str(error).replace(pipeline, shortened(pipeline)) if os.path.isabs(pipeline) else str(error)
+    reason = f"{shortened(pipeline)} failed: {shortened(' '.join(why.split()))[:200] or type(error).__name__}"
+    return (Quarantined(row_name(row), reason, again=True) for row in rows)
+
+
+_held: dict[tuple[str, str, str], Any] = {}  # the pipeline of the last shard: one at a time is in memory
+
+
+def _pipeline(*key: str) -> Any:
+    """The pipeline of (name, dtype, device)."""
+    if key not in _held:
+        _held.clear()  # shards come one pipeline after the other
+        _held[key] = _load(*key)
+    return _held[key]
+
+
+def _load(name: str, dtype: str, device: str) -> Any:
     from diffusers import DiffusionPipeline
 
     with errors_named(name, f"`pipeline` {name!r}"):
@@ -130,8 +153,8 @@ def _pipeline(name: str, dtype: str, device: str) -> Any:
 
 
 def release_pipelines() -> None:
-    """Forget the pipelines that this process keeps loaded."""
-    _pipeline.cache_clear()
+    """Forget the pipeline that this process keeps loaded."""
+    _held.clear()
 
 
 def prompt_shards(
