@@ -147,6 +147,16 @@ def place(args: argparse.Namespace) -> dict[str, int]:
     return {"rank": int(os.environ.get("RANK", 0)), "world_size": int(os.environ.get("WORLD_SIZE", 1))}
 
 
+def searched(found: int, skipped: dict[str, int]) -> dict[str, Any]:
+    """Say what was skipped of the files that were found in folders. Returns it as facts for the plan of a stage."""
+    from ..files import listed
+
+    if skipped:
+        count = sum(skipped.values())
+        print(f"{found} found = {found - count} images + {count} skipped: {listed(skipped)}")
+    return {"found": found, "skipped": dict(skipped)}
+
+
 def shards_of(name: str, number: int = 0) -> list:
     """The shards of a dataset of the command line."""
     from ..data import find_shards

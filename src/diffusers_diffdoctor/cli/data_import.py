@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from .data import add_output, run_stage_of
+from .data import add_output, run_stage_of, searched
 
 
 # format -> what it is, and what SOURCE is
@@ -50,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     names = [field.name for field in dataclasses.fields(kind) if hasattr(args, field.name)]
     given = {name: getattr(args, name) for name in names}
     reader = kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    return run_stage_of(args, reader, reader.find(Path(args.source), args.shard_size))
+    shards = reader.find(Path(args.source), args.shard_size)
+    return run_stage_of(args, reader, shards, extra=searched(shards.found, shards.skipped))
 
 
 # --- what formats have of their own: options named as the fields of their reader -------------------------------------------------

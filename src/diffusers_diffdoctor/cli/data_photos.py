@@ -4,7 +4,7 @@
 import argparse
 from pathlib import Path
 
-from .data import add_output, run_stage_of, shards_of
+from .data import add_output, run_stage_of, searched, shards_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from ..data import Photos, group_files
-    from ..files import find_images, listed
+    from ..files import find_images
 
     if not args.shard_size > 0:
         raise ValueError(f"`--shard-size` must be positive, found {args.shard_size}.")
@@ -49,11 +49,7 @@ def run(args: argparse.Namespace) -> int:
         found = find_images(paths, excluded=[args.output])
         tops = [path.absolute() if path.is_dir() else path.absolute().parent for path in paths]
         shards = group_files([(file, _name(file, tops)) for file in found.images], args.shard_size)
-        extra = {"found": len(found), "skipped": found.reasons()}
-        if found.skipped:
-            print(
-                f"{len(found)} found = {len(found.images)} images + {len(found.skipped)} skipped: {listed(found.reasons())}"
-            )
+        extra = searched(len(found), found.reasons())
     return run_stage_of(args, stage, shards, extra=extra)
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..shards import SHARD_MEGABYTES
-from .reader import IGNORED, ImageFolder, Item, ItemShard, RegionReader, check_size, group_items, item_of, read_json
+from .reader import IGNORED, ImageFolder, Item, RegionReader, Shards, check_size, group_items, item_of, read_json
 from .shapes import box_mask, points_of, polygon_mask
 
 
@@ -30,7 +30,7 @@ class Coco(RegionReader):
 
     name: ClassVar[str] = "import coco"
 
-    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[ItemShard]:
+    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> Shards:
         content = read_json(source)
         lists = {key: content.get(key) if isinstance(content, dict) else None for key in ("images", "annotations")}
         for key, value in lists.items():
@@ -40,7 +40,7 @@ class Coco(RegionReader):
             raise ValueError(f"{str(source)!r} has no images.")
         names = {one.get("id"): one.get("name") for one in content.get("categories") or [] if isinstance(one, dict)}
         folder = ImageFolder(Path(self.images) if self.images is not None else source.parent)
-        return group_items(list(_items(folder, *lists.values(), names)), shard_megabytes)
+        return group_items(list(_items(folder, *lists.values(), names)), shard_megabytes, [folder])
 
     def label(self, annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         check_size(size, annotation["width"], annotation["height"])

@@ -11,7 +11,7 @@ import numpy as np
 from ...images import read_artifact_map, read_class_indices
 from ..schema import OPTIONAL
 from ..shards import SHARD_MEGABYTES
-from .reader import IGNORED, ImageFolder, Item, ItemShard, Reader, group_items
+from .reader import IGNORED, ImageFolder, Item, Reader, Shards, group_items
 
 
 NO_MASK, NO_IMAGE = "no mask of this name", "a mask without an image of its name"
@@ -87,14 +87,15 @@ class Folders(Reader):
         if self.ignore is not None and not 1 <= self.ignore <= 255:
             raise ValueError(f"`ignore` must be a value from 1 to 255, found {self.ignore}.")
 
-    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[ItemShard]:
+    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> Shards:
         masks = Path(self.masks) if self.masks is not None else source / "masks"
         if self.masks is None and not masks.is_dir():
             masks = source.parent / "masks"
-        items = paired(ImageFolder(source, [masks]), ImageFolder(masks), self.suffix, self.sound_without)
+        both = ImageFolder(source, [masks]), ImageFolder(masks)
+        items = paired(*both, self.suffix, self.sound_without)
         if not items:
             raise ValueError(f"{str(source)!r} has no images.")
-        return group_items(items, shard_megabytes)
+        return group_items(items, shard_megabytes, both)
 
     def label(self, annotation: Path | None, size: tuple[int, int]) -> dict[str, Any]:
         if annotation is None:

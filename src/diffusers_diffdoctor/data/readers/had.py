@@ -19,8 +19,8 @@ from .reader import (
     IGNORED,
     ImageFolder,
     Item,
-    ItemShard,
     Reader,
+    Shards,
     check_size,
     group_items,
     parse_json,
@@ -62,14 +62,14 @@ class Had(Reader):
         if self.humans not in HUMANS:
             raise ValueError(f"`humans` must be one of {', '.join(HUMANS)}, found {self.humans!r}.")
 
-    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[ItemShard]:
+    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> Shards:
         annotations = split_folder(source, "annotations", self.split)
         folder = Path(self.images) if self.images is not None else split_folder(source, "images", self.split)
         images = ImageFolder(folder)
         items = list(_items(annotations, images))
         if not items:
             raise ValueError(f"{str(annotations)!r} has no annotations (*.json), and {str(folder)!r} no images.")
-        return group_items(items, shard_megabytes)
+        return group_items(items, shard_megabytes, [images])
 
     def label(self, annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         image = _object(annotation, "image")

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..brushes import decode_brush
 from ..shards import SHARD_MEGABYTES
-from .reader import IGNORED, ImageFolder, Item, ItemShard, RegionReader, check_size, group_items, read_json
+from .reader import IGNORED, ImageFolder, Item, RegionReader, Shards, check_size, group_items, read_json
 from .shapes import points_of, polygon_mask
 
 
@@ -44,7 +44,7 @@ class LabelStudio(RegionReader):
 
     name: ClassVar[str] = "import label-studio"
 
-    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[ItemShard]:
+    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> Shards:
         tasks = read_json(source)
         if not isinstance(tasks, list) or not tasks:
             raise ValueError(f"{str(source)!r} is no list of tasks: export them from Label Studio as JSON.")
@@ -52,7 +52,7 @@ class LabelStudio(RegionReader):
         if not any(isinstance(task, dict) and "data" in task and not wanted.isdisjoint(task) for task in tasks):
             raise ValueError(f"{str(source)!r} has no tasks with annotations: export them as JSON, not as JSON-MIN.")
         images = ImageFolder(Path(self.images) if self.images is not None else source.parent)
-        return group_items([self._item(images, task) for task in tasks], shard_megabytes)
+        return group_items([self._item(images, task) for task in tasks], shard_megabytes, [images])
 
     def _item(self, images: ImageFolder, task: Any) -> Item:
         if not isinstance(task, dict):
@@ -96,7 +96,7 @@ def _columns(data: dict[str, Any]) -> dict[str, Any]:
     return columns
 
 
-def _results(task: dict[str, Any], kind: str) -> list[Any]:
+def _results(task: dict[str, Any], kind: str) -> Shards:
     """What each annotation of a task says, or each prediction."""
     views = task.get(kind)
     views = [one for one in views if isinstance(one, dict)] if isinstance(views, list) else []

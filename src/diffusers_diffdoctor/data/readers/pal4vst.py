@@ -14,7 +14,7 @@ from ...images import read_class_indices
 from ..schema import OPTIONAL
 from ..shards import SHARD_MEGABYTES
 from .folders import paired
-from .reader import IGNORED, ImageFolder, ItemShard, Reader, group_items, split_folder
+from .reader import IGNORED, ImageFolder, Reader, Shards, group_items, split_folder
 
 
 IGNORE = 255
@@ -40,12 +40,13 @@ class Pal4vst(Reader):
         if self.artifact not in (None, 1, 255):
             raise ValueError(f"`artifact` must be 1 or 255, or None, found {self.artifact!r}.")
 
-    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[ItemShard]:
+    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> Shards:
         folders = [split_folder(source, kind, self.split) for kind in ("images", "labels")]
-        items = paired(*map(ImageFolder, folders))
+        both = [ImageFolder(folder) for folder in folders]
+        items = paired(*both)
         if not items:
             raise ValueError(f"{str(folders[0])!r} has no images.")
-        return group_items(items, shard_megabytes)
+        return group_items(items, shard_megabytes, both)
 
     def label(self, annotation: Path, size: tuple[int, int]) -> dict[str, Any]:
         values = read_class_indices(annotation)

@@ -7,6 +7,7 @@ image into a map. What an item lacks is known to `find` and said when its turn c
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,13 +91,27 @@ def _size_of(path: Path | None) -> int:
         return 0
 
 
-def group_items(items: Sequence[Item], shard_megabytes: float = SHARD_MEGABYTES) -> list[ItemShard]:
-    """Items in shards whose images have about `shard_megabytes`, in order."""
+class Shards(list):
+    """The shards of a source, and what lay in its folders of images and masks: `found` files, of which `skipped` are no images that
+    can be read (reason -> count)."""
+
+    def __init__(self, shards: Iterable[Any], folders: Iterable["ImageFolder"] = ()):
+        super().__init__(shards)
+        self.found, self.skipped = 0, Counter()
+        for folder in folders:
+            self.found += len(folder.found)
+            self.skipped.update(folder.found.reasons())
+
+
+def group_items(
+    items: Sequence[Item], shard_megabytes: float = SHARD_MEGABYTES, folders: Iterable["ImageFolder"] = ()
+) -> Shards:
+    """Items in shards whose images have about `shard_megabytes`, in order; `folders` are those that were searched for them."""
     sizes = [_size_of(item.image) for item in items]
-    return [
-        ItemShard(tuple(items[begin:end]), tuple(sizes[begin:end]), begin)
-        for begin, end in ranges_of_size(sizes, shard_megabytes)
-    ]
+    ranges = ranges_of_size(sizes, shard_megabytes)
+    return Shards(
+        (ItemShard(tuple(items[begin:end]), tuple(sizes[begin:end]), begin) for begin, end in ranges), folders
+    )
 
 
 @dataclass(frozen=True)
@@ -111,8 +126,8 @@ class Reader(Stage):
     generator: str | None = None
     category: tuple[str, ...] = ()
 
-    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[Any]:
-        """The shards of a source.
+    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> Shards:
+        """The shards of a source, as [`group_items`] makes them.
 
         Raises:
             FileNotFoundError, ValueError: there is no such source, it is of another format, or it is empty.
@@ -266,9 +281,9 @@ class ImageFolder:
         if not folder.is_dir():
             raise FileNotFoundError(f"There is no folder of images {str(folder)!r}.")
         self.top = folder.absolute()
-        found = find_images([self.top], excluded)
-        self.files = {self.name_of(path): path for path in found.images}
-        self.skipped = {self.name_of(one.path): one.reason for one in found.skipped if one.may_hide_images}
+        self.found = find_images([self.top], excluded)
+        self.files = {self.name_of(path): path for path in self.found.images}
+        self.skipped = {self.name_of(one.path): one.reason for one in self.found.skipped if one.may_hide_images}
         self._by_name: dict[str, list[str]] = {}
         for name in self.files:
             self._by_name.setdefault(name.rpartition("/")[2], []).append(name)

@@ -21,7 +21,7 @@ from ...files import read_regular_file
 from ...images import read_artifact_map
 from ..schema import Row, conform
 from ..shards import SHARD_MEGABYTES, Quarantined, parquet_files, ranges_of_size
-from .reader import ANNOTATION, ImageFolder, ItemShard, Reader
+from .reader import ANNOTATION, ImageFolder, ItemShard, Reader, Shards
 from .tfrecord import parse_example, read_record, read_records
 
 
@@ -114,23 +114,26 @@ class RichHF(Reader):
     name: ClassVar[str] = "import richhf"
     columns: ClassVar[dict[str, Any]] = {"uid": Value("string")} | {name: Value("float32") for name in SCORES}
 
-    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[RecordShard]:
+    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> Shards:
         if not self.images:
             raise ValueError("`images` is missing: RichHF-18K has none. Name a folder of them, or Pick-a-Pic.")
         found = [item for path in _record_files(source) for item in _items(path)]
         if not found:
             raise ValueError(f"{str(source)!r} has no records.")
-        items = self._with_images(found)
-        sizes = [_size_of(item.image) for item in items]
-        return [
-            RecordShard(tuple(items[begin:end]), tuple(sizes[begin:end]), begin)
-            for begin, end in ranges_of_size(sizes, shard_megabytes)
-        ]
-
-    def _with_images(self, found: Sequence[tuple[RecordItem, str | None]]) -> list[RecordItem]:
-        folder = Path(self.images)
+        folder, images = Path(self.images), None
         if folder.is_dir() and not any(folder.rglob("*.parquet")):
-            images = _by_uid(ImageFolder(folder))
+            images = ImageFolder(folder)
+        items = self._with_images(found, images)
+        sizes = [_size_of(item.image) for item in items]
+        ranges = ranges_of_size(sizes, shard_megabytes)
+        shards = (RecordShard(tuple(items[begin:end]), tuple(sizes[begin:end]), begin) for begin, end in ranges)
+        return Shards(shards, [images] if images else [])
+
+    def _with_images(
+        self, found: Sequence[tuple[RecordItem, str | None]], folder: ImageFolder | None
+    ) -> list[RecordItem]:
+        if folder is not None:
+            images = _by_uid(folder)
         else:
             images = _places({uid for _, uid in found if uid is not None}, self.images)
         result = []

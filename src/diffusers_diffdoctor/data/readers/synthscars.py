@@ -10,7 +10,7 @@ from datasets import Value
 
 from ..shards import SHARD_MEGABYTES
 from .coco import polygons_mask
-from .reader import ImageFolder, Item, ItemShard, Reader, group_items, item_of, read_json
+from .reader import ImageFolder, Item, Reader, Shards, group_items, item_of, read_json
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,13 @@ class SynthScars(Reader):
     name: ClassVar[str] = "import synthscars"
     columns: ClassVar[dict[str, Any]] = {"caption": Value("string")}
 
-    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> list[ItemShard]:
+    def find(self, source: Path, shard_megabytes: float = SHARD_MEGABYTES) -> Shards:
         entries = read_json(source)
         entries = list(entries.items()) if isinstance(entries, dict) else list(enumerate(entries))
         if not entries:
             raise ValueError(f"{str(source)!r} has no entries.")
         images = ImageFolder(Path(self.images) if self.images is not None else source.parent)
-        return group_items([_item(images, str(key), entry) for key, entry in entries], shard_megabytes)
+        return group_items([_item(images, str(key), entry) for key, entry in entries], shard_megabytes, [images])
 
     def label(self, annotation: dict[str, Any], size: tuple[int, int]) -> dict[str, Any]:
         refs, caption = annotation.get("refs"), annotation.get("caption")
