@@ -374,6 +374,22 @@ assert main(["data", "merge", "diffdoctor/photos", "-o", "merged"]) == 0
 assert main(["data", "merge", "diffdoctor/nothing", "-o", "other"]) == 1
 """
 
+# not only `#`, which no address may have in a name, but also what stands for it there
+ODD_NAMES = """
+from fixtures.rows import photo_bytes, write_rows
+from huggingface_hub import HfApi
+from pathlib import Path
+from diffusers_diffdoctor.data import find_shards, load_rows
+HfApi().create_repo("user/odd", repo_type="dataset")
+for count, split in enumerate(("train", "test"), 1):
+    write_rows(Path("odd.parquet"), [{"image": photo_bytes(i), "prompt": split} for i in range(count)])
+    for name in (f"a#b/{split}-00000-of-00001.parquet", f"a%23b/{split}#2.parquet"):
+        HfApi().upload_file(path_or_fileobj="odd.parquet", path_in_repo=name, repo_id="user/odd", repo_type="dataset")
+for count, split in enumerate(("train", "test"), 1):
+    assert load_rows("user/odd", split)["prompt"] == [split] * 2 * count
+    assert [shard.rows for shard in find_shards("user/odd", split)] == [count] * 2
+"""
+
 
 @pytest.mark.slow
 def test_a_dataset_goes_to_the_hub_and_back(hub):
@@ -384,11 +400,11 @@ def test_a_dataset_goes_to_the_hub_and_back(hub):
     parquet = [f"data/train-{i:05d}-of-00002.parquet" for i in range(2)]
     assert sorted(files) == [".gitattributes", "README.md", *parquet] or sorted(files) == ["README.md", *parquet]
     assert "artifact-detection" in hub_server.card_metadata(files["README.md"].decode())["tags"]
-    out = hub.python(LOAD_DATASET, home="another machine")
+    out = hub.python(LOAD_DATASET + ODD_NAMES, home="another machine")
     assert "20 in = 20 out + 0 quarantined" in out
     uploads = len([request for request in hub.requests if request.startswith("PUT")])
     hub.python(PUSH_DATASET)  # nothing is sent twice
-    assert len([request for request in hub.requests if request.startswith("PUT")]) == uploads == 2
+    assert len([request for request in hub.requests if request.startswith("PUT")]) == uploads == 2 + 2
 
 
 IMPORT_FROM_PICK_A_PIC = """

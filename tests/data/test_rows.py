@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Value
 from datasets import Image as ImageFeature
+from fixtures.rows import photo_bytes, write_rows
 from fixtures.runs import squares
 from PIL import Image
 
@@ -104,3 +105,13 @@ def test_what_cannot_be_read_is_named(tmp_path):
     pq.write_table(pa.table({"image": [b"x"], "category": [{"a": 1}]}), tmp_path / "train-1.parquet")
     with pytest.raises(ValueError, match="cannot be read"):
         load_rows(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a#b", "a%23b", "a[c]b", "a*b", "a?b"])
+def test_a_name_is_no_pattern_and_no_address(tmp_path, name):
+    for folder, seed in ((name, 0), ("acb", 9)):  # what the name would mean as a pattern
+        for count, split in enumerate(("train", "test"), 1):
+            rows = [{"image": photo_bytes(seed), "prompt": f"{folder} {split}"}] * count
+            write_rows(tmp_path / folder / f"{split}-00000-of-00001.parquet", rows)
+    for count, split in enumerate(("train", "test"), 1):
+        assert load_rows(tmp_path / name, split)["prompt"] == [f"{name} {split}"] * count

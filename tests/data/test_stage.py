@@ -78,7 +78,8 @@ def test_rows_are_counted_and_sorted_and_can_be_loaded(source, tmp_path):
 
 @pytest.mark.parametrize(
     "pattern",
-    ["{}-00000-of-00001.parquet", "{}-00000-of-00001-a09b74b3ef9c3b56.parquet", "{}-0.parquet", "{}.parquet"],
+    ["{}-00000-of-00001.parquet", "{}-00000-of-00001-a09b74b3ef9c3b56.parquet", "{}-0.parquet", "{}.parquet"]
+    + ["{}-00000-of-00001#2.parquet", "{}#2.parquet", "{}%232.parquet", "a#b/{}-0.parquet", "a%23b/{}.parquet"],
 )
 def test_splits_of_file_names_are_told_apart(pattern, tmp_path):
     for count, split in enumerate(("train", "test"), 1):

@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """A dataset as rows that can be asked for by their number, for training."""
 
+import glob
 import os
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def load_rows(dataset: str | os.PathLike, split: str = DEFAULT_SPLIT) -> Dataset
         try:
             rows = load_dataset(
                 "parquet",
-                data_files=[str(shard.path) for shard in shards],
+                data_files=[glob.escape(str(shard.path)) for shard in shards],  # they are taken for patterns
                 split="train",
                 columns=[name for name in COLUMNS if name in there],
             )

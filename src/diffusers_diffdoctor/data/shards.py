@@ -27,9 +27,9 @@ ROWS_AT_A_TIME = 100  # in memory, and in a row group of a file: what the Hub's 
 MEGABYTE = 10**6
 SHARD_MEGABYTES = 256
 DEFAULT_SPLIT = "train"
-# "train-00000-of-00002.parquet", also with the hash that the Hub once put behind it, and "train.parquet" for the usual splits
+# "train-00000-of-00002.parquet", with whatever the Hub or others put behind it, and "train.parquet" for the usual splits
 SPLIT_IN_NAME = re.compile(
-    r"(?:(\w+)-\d+(?:-of-\d+(?:-[0-9a-f]{8,})?)?|(train|test|validation|valid|val|dev))\.parquet"
+    r"(?:(\w+)-\d+(?:-of-\d+(?:\W.*)?)?|(train|test|validation|valid|val|dev)(?:\W.*)?)\.parquet"
 )
 
 
