@@ -151,6 +151,29 @@ def test_what_is_finished_or_skipped_does_not_come_again_but_can_be_asked_for(op
     assert queue.claim("anna", PAGES[0], key)["state"] == state
 
 
+def test_a_finished_mask_that_is_amended_stays_finished(opened, clock):
+    queue = opened()
+    key = paint(queue, "anna", PAGES[0], random_mask(0), kinds=["hand"])
+    lent = queue.claim("anna", PAGES[0], key)
+    for seed in (1, 2):  # strokes; the page keeps the image
+        queue.save(key, lent["loan"], random_mask(seed), DRAFT, kinds=["face"])
+        found = queue.annotation(key, "anna")
+        assert np.array_equal(found.mask, random_mask(seed)) and found.state == DONE and found.kinds == ("face",)
+    again = queue.claim("anna", PAGES[0])  # reloaded
+    assert (again["key"], again["state"], again["revision"]) == (key, DONE, 3)
+    assert queue.progress()["annotators"]["anna"] == {DONE: 1, SKIPPED: 0, DRAFT: 0}
+    # the page is left, and another process goes on
+    clock.now += 61
+    queue = opened()
+    assert queue.progress("anna")["yours"] == [key] and queue.progress()["finished"] == 1
+    assert queue.claim("berta", PAGES[1])["key"] != key and queue.claim("anna", "a-new-page")["key"] != key
+    # what was skipped is begun by a stroke
+    other = paint(queue, "anna", "a-new-page", random_mask(3), SKIPPED)
+    lent = queue.claim("anna", "a-new-page", other)
+    queue.save(other, lent["loan"], random_mask(4), DRAFT)
+    assert queue.annotation(other, "anna").state == DRAFT
+
+
 def test_several_annotators_and_their_agreement(opened, tmp_path, dataset):
     queue = opened(copies=2)
     first, second = np.zeros(SIZE[::-1], np.uint8), np.zeros(SIZE[::-1], np.uint8)

@@ -256,6 +256,7 @@ class Queue:
             }
 
     def _next(self, annotator: str, lent: set[str], mine: set[str]) -> str | None:
+        """The image that the page has, be it a finished one that is amended; else one that is begun, or new."""
         open_to_me = [
             key
             for key in self.items
@@ -264,7 +265,7 @@ class Queue:
             and (self._wanted(key) or annotator in self._found[key])
         ]
         begun = [key for key in open_to_me if annotator in self._found[key]]
-        return next((key for key in (*(k for k in open_to_me if k in mine), *begun, *open_to_me)), None)
+        return next((key for key in (*(k for k in self.items if k in mine), *begun, *open_to_me)), None)
 
     def _wanted(self, key: str) -> bool:
         """Whether more annotators are to finish the image. Another's unfinished one does not count: they may never come back."""
@@ -315,6 +316,8 @@ class Queue:
     ) -> int:
         """Write what the page that has the image painted; it is on the disk when this returns. A finished one is given back.
 
+        A draft of a mask that is finished already amends it: it stays finished, and the page keeps the image.
+
         Args:
             key, token: of the loan.
             mask: uint8 (H, W), see [`Annotation`].
@@ -339,9 +342,10 @@ class Queue:
                 raise ValueError(f"`seconds` must lie in [0, 1e6), found {seconds}.")
             before = self.annotation(key, loan["annotator"])
             revision = (before.revision if before else 0) + 1
-            annotation = Annotation(mask, state, tuple(dict.fromkeys(kinds)), revision, seconds)
+            kept = DONE if state == DRAFT and before is not None and before.state == DONE else state
+            annotation = Annotation(mask, kept, tuple(dict.fromkeys(kinds)), revision, seconds)
             write_annotation(self.folder, key, loan["annotator"], annotation)
-            self._found[key][loan["annotator"]] = state
+            self._found[key][loan["annotator"]] = kept
             if state == DRAFT:
                 loan["until"] = self.clock() + self.loan_seconds
             else:

@@ -128,7 +128,7 @@ function show(lent, source) {
   $("about").title = $("about").textContent;
   for (const box of $("kinds").querySelectorAll("input")) box.checked = item.kinds.includes(box.value);
   $("suggestion").disabled = !suggestion.length;
-  say(item.state ? `continued (${item.state})` : "");
+  say(item.state === "done" ? "finished, and stays so" : item.state ? `continued (${item.state})` : "");
   fit();
   trace();
   recolor();
