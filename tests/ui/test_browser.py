@@ -17,7 +17,7 @@ from PIL import Image
 from diffdoctor import main
 from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation
 from diffusers_diffdoctor.data import load_rows
-from diffusers_diffdoctor.data.annotate import ANNOTATIONS
+from diffusers_diffdoctor.data.annotate import ANNOTATIONS, DONE, read_annotation
 from diffusers_diffdoctor.images import to_image_tensor
 from diffusers_diffdoctor.miniature import load
 
@@ -84,6 +84,19 @@ def shown_mask(frame, size: tuple[int, int]) -> np.ndarray:
     return np.array(values, np.uint8).reshape(size[::-1])
 
 
+def shown_color(frame, x: int, y: int) -> np.ndarray:
+    """What the screen has in the middle of a pixel of the image."""
+    values = frame.locator("#canvas").evaluate(
+        """(canvas, [x, y]) => {
+            const ratio = devicePixelRatio, [column, row] = [left + (x + 0.5) * scale, top_ + (y + 0.5) * scale];
+            return [...canvas.getContext("2d").getImageData(ratio * column, ratio * row, 1, 1).data];
+        }""",
+        [x, y],
+    )
+    assert values[3] == 255
+    return np.array(values[:3])
+
+
 def on_disk(folder: Path, key: str, annotator: str) -> np.ndarray:
     with Image.open(folder / ANNOTATIONS / key / f"{annotator}.png") as image:
         return np.array(image)
@@ -111,6 +124,18 @@ def test_a_painted_mask_outlives_a_reload_and_a_killed_server_and_is_in_the_data
         assert np.array_equal(shown_mask(frame, SIZES[0]), mask)
         assert np.array_equal(on_disk(queue, key, "anna"), mask)
         shoot(page, "annotate")
+
+        # opacity is for the eye alone
+        image = scenes(1, 0, SIZES[0])[0][0].astype(int)
+        for opacity in (0, 30, 100):
+            set_range(frame, "#opacity", opacity)
+            for (x, y), color in (((21, 20), (214, 51, 132)), ((10, 57), (240, 173, 40)), ((90, 5), None)):
+                wanted = (
+                    image[y, x] if color is None else image[y, x] + (np.array(color) - image[y, x]) * opacity / 100
+                )
+                assert np.abs(shown_color(frame, x, y) - wanted).max() <= 2
+        assert np.array_equal(shown_mask(frame, SIZES[0]), mask)
+        assert np.array_equal(on_disk(queue, key, "anna"), mask)
 
         page.reload()
         frame.locator("body[data-item]").wait_for()
@@ -143,6 +168,21 @@ def test_a_painted_mask_outlives_a_reload_and_a_killed_server_and_is_in_the_data
 
         frame.locator(f"body:not([data-item='{key}'])").wait_for()
         second = frame.locator("body").get_attribute("data-item")
+
+        # back to it: it stays finished, whatever is painted, and is still there after a reload
+        page.keyboard.press("p")
+        frame.locator(f"body[data-item='{key}']").wait_for()
+        assert np.array_equal(shown_mask(frame, SIZES[0]), mask) and frame.get_by_label("face").is_checked()
+        paint(page, frame, [(85, 8), (90, 12)])
+        stroke(mask, [(85, 8), (90, 12)], 9, 255)
+        amended = read_annotation(queue / ANNOTATIONS / key / "anna.png")
+        assert np.array_equal(amended.mask, mask) and amended.state == DONE
+        page.reload()
+        frame.locator(f"body[data-item='{key}']").wait_for()
+        frame.locator("#view").focus()
+        page.keyboard.press("Enter")
+        frame.locator(f"body[data-item='{second}']").wait_for()
+        set_range(frame, "#size", 9)
         frame.locator("#view").click(position={"x": 3, "y": 3})  # beside the image: paints nothing
         frame.get_by_role("button", name="Fit").click()
         for _ in range(3):
@@ -170,6 +210,19 @@ def test_a_painted_mask_outlives_a_reload_and_a_killed_server_and_is_in_the_data
         assert np.array_equal(ignored, np.where(wanted == 128, 255, 0))
 
 
+def shown_pair(page, folder: Path, name: str) -> bool:
+    """Wait until Compare shows the pair of this name; whether its two images are those of the files."""
+    page.locator("strong", has_text=name).wait_for()
+    wanted = [np.array(Image.open(folder / side / f"{name}.png")) for side in ("before", "after")]
+    for _ in range(50):  # the images come after the name
+        sources = page.locator("#slider img").evaluate_all("(images) => images.map((image) => image.src)")
+        found = [np.array(Image.open(io.BytesIO(page.request.get(one).body())).convert("RGB")) for one in sources]
+        if len(found) == 2 and all(any(np.array_equal(one, other) for other in found) for one in wanted):
+            return True
+        page.wait_for_timeout(100)
+    return False
+
+
 def test_images_are_dropped_and_compared(tmp_path, context):
     """On the pages for looking, with the bundled detector; what can be downloaded is what it says."""
     for number, ((image, category), (other, _)) in enumerate(zip(scenes(4), scenes(4, 100))):
@@ -177,7 +230,7 @@ def test_images_are_dropped_and_compared(tmp_path, context):
             path = tmp_path / side / category / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(array).save(path)
-    dropped = sorted((tmp_path / "after").rglob("*.png"))
+    before, dropped = (sorted((tmp_path / side).rglob("*.png")) for side in ("before", "after"))
     (tmp_path / "broken.png").write_bytes(b"no image")
     detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(load("detector"), dtype=torch.float32).eval()
     page = context.new_page()
@@ -220,4 +273,21 @@ def test_images_are_dropped_and_compared(tmp_path, context):
         shoot(page, "compare")
         harms = [float(text) for text in re.findall(r"[+-]\d\.\d{4}", page.locator("#pairs").inner_text())]
         assert len(harms) >= 4 and harms == sorted(harms, reverse=True)
+
+        # a row that is clicked is shown, of all categories or of one
+        names = sorted(path.relative_to(tmp_path / "before").with_suffix("").as_posix() for path in before)
+        ranked = sorted(names, key=page.locator("#pairs").inner_text().index)
+        assert shown_pair(page, tmp_path, ranked[0])
+        page.locator("#pairs").get_by_text(ranked[2], exact=True).first.click()
+        assert shown_pair(page, tmp_path, ranked[2])
+        chosen = ranked[-1].rpartition("/")[0]
+        mine = [name for name in ranked if name.startswith(f"{chosen}/")]
+        assert len(mine) < len(ranked)
+        page.locator("#category input").click()
+        page.get_by_role("option", name=chosen, exact=True).click()
+        page.get_by_text(f"{len(mine)} pairs:").wait_for()
+        assert shown_pair(page, tmp_path, mine[0])
+        assert [name for name in ranked if name in page.locator("#pairs").inner_text()] == mine
+        page.locator("#pairs").get_by_text(mine[-1], exact=True).first.click()
+        assert shown_pair(page, tmp_path, mine[-1])
     page.close()
