@@ -205,7 +205,13 @@ class Loop:
             words = ["--balance", *inputs, *arguments({"seed": number} | section), "--output", str(path)]
         else:
             words = [*inputs, *arguments(section), "--output", str(path), "--restart"]
-        return Step(name, ("data", name, *words), tuple(inputs), path)
+        return Step(
+            name,
+            ("data", name, *words),
+            tuple(inputs),
+            path,
+            spread=name == "categorize" and bool(section.get("local")),
+        )
 
     def _new_images(self, number: int, balance: Path, detector: str) -> Iterator[Step]:
         table, made = str(balance / "balance.json"), self.of(number, "synthesized")
