@@ -36,7 +36,7 @@ from diffusers_diffdoctor.cli.diagnose import load_detector
 from diffusers_diffdoctor.cli.treat import parse
 from diffusers_diffdoctor.detector.conversion import convert_detector_checkpoint
 from diffusers_diffdoctor.evaluation import diagnose_images, html_report
-from diffusers_diffdoctor.evaluation.report import Figure, Picture, Section, Table
+from diffusers_diffdoctor.evaluation.report import Card, Figure, Gallery, Picture, Section, Table, View
 from diffusers_diffdoctor.training.checkpoints import seal
 from diffusers_diffdoctor.treatment.export import export_lora
 from diffusers_diffdoctor.treatment.prepare import load_pipeline
@@ -540,9 +540,13 @@ def test_a_prompt_that_is_a_template(tmp_path, marker, works):
 
 
 class Elements(html.parser.HTMLParser):
+    """Elements and texts of a page without the one script that every page has, which is tested where pages are."""
+
     def __init__(self, page: str):
         super().__init__()
         self.found, self.text = [], ""
+        page, _, own = page.rpartition("<script>")
+        assert own.endswith("</script>\n</body>\n</html>") and own.count("</script>") == 1
         self.feed(page)
 
     def handle_starttag(self, tag, attributes):
@@ -559,7 +563,9 @@ def test_a_page_of_texts_that_are_markup(tmp_path, marker):
     def page(text: str, folder: Path) -> str:
         folder.mkdir()
         picture = Picture(Image.new("RGB", (2, 2)), text, text)
-        section = Section(text, text, Table((text, text), [(text, text)]), [picture], code=text)
+        card = Card(text, [View(text, "a.webp", (2, 2))] * 2, [0.5], text, "bad", text, text)
+        gallery = Gallery([card], [text], text, text)
+        section = Section(text, text, Table((text, text), [(text, text)]), [picture], code=text, gallery=gallery)
         return html_report(folder / "report.html", text, [Figure(text, text, text)], [section], text).read_text()
 
     hostile, plain = Elements(page(evil, tmp_path / "a")), Elements(page("words", tmp_path / "b"))

@@ -118,7 +118,7 @@ def test_wheel_holds_all_the_package_and_nothing_else(tmp_path):
 # From the ground up. A module of its own line stands lower than its room.
 FLOORS = [
     {"disk", "files", "seeds"},
-    {"images", "loading", "names", "pictures"},
+    {"images", "loading", "names", "pictures", "tables"},
     {"training", "inpainting", "evaluation.metrics", "evaluation.detector_figures", "treatment.losses"},
     {"detector"},
     {"rewards", "evaluation", "rollout"},

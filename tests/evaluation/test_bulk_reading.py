@@ -65,8 +65,10 @@ def test_each_file_is_in_one_table_however_often_the_run_is_killed(open_folder, 
     assert outcomes(output / "whole") == expected
     counts = Counter(expected.values())
     assert counts[DIAGNOSED] == files - broken and counts[QUARANTINED] > 0.5 * broken
-    for name in ("diagnosis.jsonl", "quarantine.jsonl", "skipped.jsonl", "report.html", "settings.json"):
+    tables = [f"{name}.{kind}" for name in ("diagnosis", "quarantine", "skipped") for kind in ("jsonl", "csv")]
+    for name in (*tables, "report.html", "settings.json"):
         assert (output / "killed" / name).read_bytes() == (output / "whole" / name).read_bytes(), name
-    overlays = [sorted(os.listdir(output / run / "overlays")) for run in ("whole", "killed")]
-    assert overlays[0] == overlays[1] and len(overlays[0]) == counts[DIAGNOSED]
+    for name, each in (("overlays", 1), ("report_files", 2)):
+        whole, killed = (sorted(os.listdir(output / run / name)) for run in ("whole", "killed"))
+        assert whole == killed and len(whole) == each * counts[DIAGNOSED]
     assert len(os.listdir(output / "killed")) == len(os.listdir(output / "whole"))

@@ -1,12 +1,14 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Diagnosing files: what comes out for what went in, with a detector whose answer is known."""
 
+import csv
 import json
 import os
 import re
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -228,6 +230,7 @@ def test_a_journal_leads_nowhere_outside_of_its_folder(folder, tmp_path):
     (out / "diagnosis.jsonl").write_bytes(before + "".join(json.dumps(row) + "\n" for row in evil).encode())
     diagnose(folder, out, restart=True)
     assert precious.read_bytes() == b"precious" and len(os.listdir(out / "overlays")) == 6
+    assert len(os.listdir(out / "report_files")) == 12
 
 
 def test_a_file_that_changes_while_it_is_read_is_set_aside(folder, tmp_path):
@@ -326,7 +329,7 @@ def test_leftovers_of_killed_writers_are_no_harm(folder, tmp_path):
         result = diagnose(folder, output)
         assert (result["found"], result["diagnosed"], result["quarantined"]) == (16, 12, 3)
         assert not (output / ".diagnosis.jsonl.unfinished").exists()
-        assert len(os.listdir(output / "overlays")) == 12
+        assert len(os.listdir(output / "overlays")) == 12 and len(os.listdir(output / "report_files")) == 24
 
 
 def test_overlays_are_the_same_in_bands(tmp_path, monkeypatch):
@@ -346,15 +349,16 @@ def test_only_what_changed_is_diagnosed_again(folder, tmp_path):
     save(folder / "c.png", 250)
     save(folder / "new.png", 30)
     (out / rows(out / "diagnosis.jsonl")[0]["overlay"]).unlink()  # a.png
+    next((out / "report_files").glob("e-*.image.webp")).unlink()
     (folder / "deep/er/b.png").unlink()
     detector = RedDetector()
     result = diagnose(folder, out, detector)
-    assert detector.seen == 3
-    assert (result["resumed"], result["dropped"], result["diagnosed"]) == (4 - 1, 1, 6)
+    assert detector.seen == 4
+    assert (result["resumed"], result["dropped"], result["diagnosed"]) == (4 - 2, 1, 6)
     table = rows(out / "diagnosis.jsonl")
     assert [os.path.basename(row["path"]) for row in table] == ["a.png", "c.png", "e.png", "new.png", "d.png", "f.png"]
     assert table[1]["max_confidence"] == pytest.approx(250 / 255, abs=1e-5)
-    assert len(os.listdir(out / "overlays")) == 6
+    assert len(os.listdir(out / "overlays")) == 6 and len(os.listdir(out / "report_files")) == 12
 
 
 @pytest.mark.parametrize(
@@ -375,15 +379,67 @@ def test_other_settings_are_not_mixed_in(folder, tmp_path, change, word):
     assert (result["resumed"], result["diagnosed"]) == (0, 6)
 
 
-def test_report_is_ranked_and_self_contained(folder, tmp_path):
-    diagnose(folder, tmp_path / "out", top_k=2, report_images=4)
-    html = (tmp_path / "out/report.html").read_text(encoding="utf-8")
-    assert re.findall(r"<figcaption>(\w)\.png", html) == ["b", "d", "f", "e"] + ["c", "a"]
-    assert html.count('src="data:image/') == 6
-    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|@import|<script|<link""", html)
+def test_report_is_ranked_and_has_its_pictures_beside_it(folder, tmp_path):
+    out = tmp_path / "out"
+    diagnose(folder, out, top_k=2)
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'class="title">(\w)\.png', html) == ["b", "d", "f", "e", "a", "c"] + [
+        "c",
+        "a",
+    ]  # clean ones too
+    assert re.findall(r'data-verdict="(\w+)"', html) == ["artifact"] * 3 + ["clean"] * 5
+    assert re.findall(r'data-category="([^"]+)"', html)[:6] == ["deep/er", "deep/er", "deep/er", ".", ".", "."]
+    pictures = re.findall(
+        r'<a href="([^"]+)"><img src="([^"]+)" width="(\d+)" height="(\d+)"[^>]* loading="lazy"', html
+    )
+    assert len(pictures) == html.count("<img") == 16
+    for full, thumbnail, *size in pictures:
+        assert (out / full).is_file()
+        with Image.open(out / thumbnail) as image:
+            assert image.format == "WEBP" and list(image.size) == [int(side) for side in size]
+    with Image.open(out / pictures[0][1]) as image:  # as it is, and magenta where the detector was sure
+        assert image.convert("RGB").getpixel((0, 0)) == (255, 0, 0)
+    with Image.open(out / pictures[1][1]) as image:
+        red, green, blue = image.convert("RGB").getpixel((0, 0))
+        assert red > blue > green
+    links = set(re.findall(r"""(?:src|href)=["']([^"']+)""", html))
+    assert {link.split("/")[0] for link in links if "." not in link.split("/")[0]} == {"overlays", "report_files"}
+    assert not re.search(r"""url\(|@import|<link|https?:""", html)
     assert "text.jpg" in html and "3 (50.0 %)" in html
     assert "10 files found = 6 diagnosed + 3 quarantined + 1 skipped" in html
     assert re.search(r"name that is no image&#39;s</t.>\s*<td[^>]*>1</td>", html)
+    assert sorted(os.listdir(out / "report_files")) == sorted({Path(thumbnail).name for _, thumbnail, *_ in pictures})
+    diagnose(folder, out, report_images=4)
+    html = (out / "report.html").read_text(encoding="utf-8")
+    assert html.count('class="card"') == 4 and "The worst 4 of 6 images" in html and 'href="diagnosis.csv"' in html
+
+
+def test_large_images_have_small_thumbnails_and_strips_too(tmp_path):
+    save(tmp_path / "in/large.png", 200, size=(1000, 500))
+    save(tmp_path / "in/strip.png", 200, size=(2, 900))
+    diagnose(tmp_path / "in", tmp_path / "out")
+    sizes = {}
+    for path in (tmp_path / "out/report_files").iterdir():
+        with Image.open(path) as image:
+            sizes[path.name[:5], path.suffixes[0]] = image.size
+        assert path.stat().st_size < 20_000
+    assert sizes == {
+        (name, kind): size
+        for name, size in (("large", (320, 160)), ("strip", (1, 320)))
+        for kind in (".image", ".overlay")
+    }
+
+
+def test_tables_are_written_for_spreadsheets_too(folder, tmp_path):
+    out = tmp_path / "out"
+    diagnose(folder, out, top_k=2)
+    for name in ("diagnosis", "best", "quarantine", "skipped"):
+        told = rows(out / f"{name}.jsonl")
+        with open(out / f"{name}.csv", encoding="utf-8", newline="") as file:
+            table = list(csv.DictReader(file))
+        assert table == [{key: str(value) for key, value in row.items()} for row in told] and table
+    diagnose(folder, out)
+    assert not (out / "best.csv").exists()
 
 
 def test_its_own_output_is_not_searched(folder):
@@ -392,12 +448,13 @@ def test_its_own_output_is_not_searched(folder):
     assert first["found"] == again["found"] == 10
     # where it is searched itself, what it writes there is passed over; and out/ is then a folder like any
     first, again = diagnose(folder, folder), diagnose(folder, folder)
-    assert first["found"] == again["found"] == 10 + len(os.listdir(folder / "out")) - 1 + 6
-    assert first["diagnosed"] == again["diagnosed"] == again["resumed"] == 6 + 6
+    files, pictures = len(os.listdir(folder / "out")) - 2, 3 * 6
+    assert first["found"] == again["found"] == 10 + files + pictures
+    assert first["diagnosed"] == again["diagnosed"] == again["resumed"] == 6 + pictures
     os.symlink(folder, folder / "loop")
     os.symlink(folder / "out", folder / "other name")
     looped = diagnose(folder, folder / "out")
-    assert looped["found"] - 1 == 10 + 12 + 6 and looped["skipped_reasons"][SEARCHED_ALREADY] == 1
+    assert looped["found"] - 1 == 10 + 3 * (6 + pictures) + files and looped["skipped_reasons"][SEARCHED_ALREADY] == 1
 
 
 def test_a_file_counts_once(folder):

@@ -5,7 +5,7 @@ import json
 import os
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -30,15 +30,17 @@ from ..files import (
 from ..images import read_image, to_image_tensor
 from ..loading import weights_sha256
 from ..names import harmless
-from ..pictures import heatmap_overlay, image_grid, to_pil
+from ..pictures import heatmap_overlay, to_pil
+from ..tables import write_csv
 from .metrics import area_ratio, max_confidence, wilson_interval
-from .report import Figure, Picture, Section, Table, html_report
+from .report import PICTURES, Card, Figure, Gallery, Section, Table, View, address, encode, fitted, html_report
 
 
 SETTINGS, DIAGNOSIS, BEST = "settings.json", "diagnosis.jsonl", "best.jsonl"
 QUARANTINE, SKIPPED = "quarantine.jsonl", "skipped.jsonl"
 REPORT, OVERLAYS = "report.html", "overlays"
-WRITTEN = (SETTINGS, DIAGNOSIS, BEST, QUARANTINE, SKIPPED, REPORT, OVERLAYS, LOCK, RUNNING)
+CSV = {name: name.replace(".jsonl", ".csv") for name in (DIAGNOSIS, BEST, QUARANTINE, SKIPPED)}
+WRITTEN = (SETTINGS, *CSV, *CSV.values(), REPORT, OVERLAYS, PICTURES, LOCK, RUNNING)
 
 # a row of the journal: what is written, and all that is believed when it is read again
 ROW = {
@@ -52,12 +54,14 @@ ROW = {
     "bytes": int,
     "mtime_ns": int,
 }
+REASON = ("path", "reason")
 
 # Memory stays bounded whatever the images are: a batch holds at most so many pixels (16 images of 1024 x 1024), and so
 # do decoded images that wait for others of their size.
 BATCH_PIXELS = 16 * 2**20
 WAITING_PIXELS = 64 * 2**20
 BAND_PIXELS = 2**20
+THUMBNAIL = 320  # pixels of the longer side
 
 
 def diagnose_images(
@@ -72,7 +76,7 @@ def diagnose_images(
     top_k: int = 0,
     restart: bool = False,
     workers: int = 4,
-    report_images: int = 100,
+    report_images: int = 20_000,
     show_progress: bool = True,
 ) -> dict:
     """Diagnose image files and write a report. An interrupted run goes on where it stopped when it is started again.
@@ -86,7 +90,8 @@ def diagnose_images(
             diagnosis.jsonl (one row per image: `path`, `max_confidence` and `area_ratio` in [0, 1], `artifact`
             (maximum confidence of at least `threshold`), `overlay`, `width`, `height`, `bytes`, `mtime_ns`),
             quarantine.jsonl and skipped.jsonl (one row per file: `path`, `reason`),
-            best.jsonl (the `top_k` cleanest), overlays/ (heatmaps over the images), report.html and settings.json.
+            best.jsonl (the `top_k` cleanest), each of these tables as .csv too, overlays/ (heatmaps over the images),
+            report.html with the thumbnails it shows in report_files/, and settings.json.
         detector: a model with `confidence(images)`, on the device it is to run on, in evaluation mode.
         detector_name: what to call the detector in the report.
         threshold: confidence in (0, 1] from which a pixel counts as an artifact.
@@ -96,7 +101,7 @@ def diagnose_images(
         top_k: how many of the cleanest images to list.
         restart: begin anew in a folder that holds another diagnosis.
         workers: threads that read files.
-        report_images: most images to show in report.html.
+        report_images: most images to show in report.html, the worst; a browser opens some ten thousand at once.
 
     Returns:
         `found` = `diagnosed` + `quarantined` + `skipped`; `skipped_reasons` (rule -> count); `unread` (how many are or may
@@ -112,7 +117,12 @@ def diagnose_images(
     """
     if not 0 < threshold <= 1:
         raise ValueError(f"`threshold` must be in (0, 1], found {threshold}.")
-    for name, value, least in (("batch_size", batch_size, 1), ("top_k", top_k, 0), ("workers", workers, 1)):
+    for name, value, least in (
+        ("batch_size", batch_size, 1),
+        ("top_k", top_k, 0),
+        ("workers", workers, 1),
+        ("report_images", report_images, 0),
+    ):
         if value < least:
             raise ValueError(f"`{name}` must be at least {least}, found {value}.")
     output_dir = Path(output_dir)
@@ -156,8 +166,8 @@ def _diagnose(
     done = {path: row for path, row in earlier.items() if path in wanted and _is_current(row, output_dir)}
     dropped = [path for path in earlier if path not in wanted]
     for path in dropped:
-        _overlay(path, output_dir).unlink(missing_ok=True)
-    _write_rows(output_dir / DIAGNOSIS, done.values())
+        _remove_pictures(path, output_dir)
+    write_atomically(output_dir / DIAGNOSIS, _lines(done.values()))
     resumed, quarantined = len(done), {}
 
     todo = [file for file in files if str(file) not in done]
@@ -180,7 +190,7 @@ def _diagnose(
         def diagnose(batch: list[tuple[Path, np.ndarray, os.stat_result]]) -> None:
             rows = None
             try:
-                rows = _write_overlays(batch, _confidence(detector, batch, tile), output_dir, threshold, pool)
+                rows = _write_pictures(batch, _confidence(detector, batch, tile), output_dir, threshold, pool)
             except (RuntimeError, MemoryError) as error:
                 if not _is_out_of_memory(error):
                     raise
@@ -196,7 +206,7 @@ def _diagnose(
                 diagnose(batch[len(batch) // 2 :])
                 return
             done.update((row["path"], row) for row in rows)
-            journal.write("".join(json.dumps(row) + "\n" for row in rows))
+            journal.write(_lines(rows))
             journal.flush()
             progress.update(len(rows))
 
@@ -222,13 +232,15 @@ def _diagnose(
         raise RuntimeError(f"{len(files)} files went in, but {len(rows)} rows and {len(bad)} quarantined came out.")
     ranking = sorted(rows, key=lambda row: (-row["max_confidence"], -row["area_ratio"], row["path"]))
     best = [{"rank": rank, **row} for rank, row in enumerate(reversed(ranking[max(0, len(rows) - top_k) :]), start=1)]
-    _write_rows(output_dir / DIAGNOSIS, rows)
-    _write_rows(output_dir / QUARANTINE, bad)
-    _write_rows(output_dir / SKIPPED, ({"path": str(path), "reason": reason} for path, reason in found.skipped))
+    skipped = [{"path": str(path), "reason": reason} for path, reason in found.skipped]
+    _write_table(output_dir / DIAGNOSIS, ROW, rows)
+    _write_table(output_dir / QUARANTINE, REASON, bad)
+    _write_table(output_dir / SKIPPED, REASON, skipped)
     if top_k:
-        _write_rows(output_dir / BEST, best)
+        _write_table(output_dir / BEST, ("rank", *ROW), best)
     else:
-        (output_dir / BEST).unlink(missing_ok=True)
+        for name in (BEST, CSV[BEST]):
+            (output_dir / name).unlink(missing_ok=True)
     artifacts = sum(row["artifact"] for row in rows)
     summary = {
         "found": len(found),
@@ -245,7 +257,7 @@ def _diagnose(
         "best": best,
         "report": str(output_dir / REPORT),
     }
-    _write_html(output_dir, settings, summary, ranking[:report_images], bad)
+    _write_html(output_dir, settings, summary, ranking, report_images, bad)
     return summary
 
 
@@ -302,15 +314,18 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
 
 
-def _write_overlays(batch: Sequence, maps: torch.Tensor, output_dir: Path, threshold: float, pool) -> list[dict]:
-    """The overlay of each image of the batch, in threads, and its row."""
+def _write_pictures(batch: Sequence, maps: torch.Tensor, output_dir: Path, threshold: float, pool) -> list[dict]:
+    """The overlay and the thumbnails of each image of the batch, in threads, and its row."""
     worst, area = max_confidence(maps).tolist(), area_ratio(maps, threshold).tolist()
 
     def write(index: int) -> dict:
         file, array, stat = batch[index]
-        overlay = _overlay(str(file), output_dir)
+        overlay, *thumbnails = _pictures(str(file), output_dir)
+        heatmap = _heatmap(array, maps[index])
         with written_atomically(overlay) as unfinished:
-            _heatmap(array, maps[index]).save(unfinished, "JPEG", quality=92, subsampling=0)
+            heatmap.save(unfinished, "JPEG", quality=92, subsampling=0)
+        for thumbnail, picture in zip(thumbnails, (Image.fromarray(array), heatmap)):
+            write_atomically(thumbnail, encode(picture, THUMBNAIL))
         return {
             "path": str(file),
             "max_confidence": round(worst[index], 6),
@@ -337,14 +352,23 @@ def _heatmap(array: np.ndarray, confidence: torch.Tensor) -> Image.Image:
     return picture
 
 
-def _overlay(path: str, output_dir: Path) -> Path:
-    """Where the overlay of an image lies: harmless whatever the image's name is, and another for each path."""
-    return output_dir / OVERLAYS / f"{harmless(Path(path).stem)[:60]}-{digest(path)[:16]}.jpg"
+def _pictures(path: str, output_dir: Path) -> tuple[Path, Path, Path]:
+    """Where the overlay of an image lies, its thumbnail, and the overlay's: harmless whatever the image's name is, and others for
+    each path."""
+    name = f"{harmless(Path(path).stem)[:60]}-{digest(path)[:16]}"
+    pictures = output_dir / PICTURES
+    return output_dir / OVERLAYS / f"{name}.jpg", pictures / f"{name}.image.webp", pictures / f"{name}.overlay.webp"
+
+
+def _remove_pictures(path: str, output_dir: Path) -> None:
+    for picture in _pictures(path, output_dir):
+        picture.unlink(missing_ok=True)
 
 
 def _prepare_folder(output_dir: Path) -> None:
     try:
-        (output_dir / OVERLAYS).mkdir(parents=True, exist_ok=True)
+        for name in (OVERLAYS, PICTURES):
+            (output_dir / name).mkdir(parents=True, exist_ok=True)
         probe = output_dir / ".probe.unfinished"
         probe.write_bytes(b"")
         probe.unlink()
@@ -363,8 +387,8 @@ def _resume(output_dir: Path, settings: Mapping, restart: bool) -> tuple[dict[st
     known = output_dir / SETTINGS
     if restart:
         for path in earlier:
-            _overlay(path, output_dir).unlink(missing_ok=True)
-        for name in (DIAGNOSIS, QUARANTINE, SKIPPED, BEST, REPORT):
+            _remove_pictures(path, output_dir)
+        for name in (*CSV, *CSV.values(), REPORT):
             (output_dir / name).unlink(missing_ok=True)
         earlier, damaged_lines = {}, 0
     elif earlier:
@@ -388,14 +412,14 @@ def _resume(output_dir: Path, settings: Mapping, restart: bool) -> tuple[dict[st
 
 
 def _is_current(row: Mapping, output_dir: Path) -> bool:
-    """The file is the one that was diagnosed, and its overlay is there."""
+    """The file is the one that was diagnosed, and its pictures are there."""
     try:
         stat = os.stat(row["path"])
     except (OSError, ValueError):  # a path with a NUL in it
         return False
-    overlay = _overlay(row["path"], output_dir)
+    pictures = _pictures(row["path"], output_dir)
     same = (stat.st_size, stat.st_mtime_ns) == (row["bytes"], row["mtime_ns"])
-    return same and row["overlay"] == f"{OVERLAYS}/{overlay.name}" and overlay.is_file()
+    return same and row["overlay"] == f"{OVERLAYS}/{pictures[0].name}" and all(map(Path.is_file, pictures))
 
 
 def _read_rows(path: Path) -> tuple[dict[str, dict], int]:
@@ -428,12 +452,23 @@ def _is_row(row: object) -> bool:
     )
 
 
-def _write_rows(path: Path, rows) -> None:
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+def _lines(rows: Iterable[Mapping]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _write_table(path: Path, columns: Iterable[str], rows: Sequence[Mapping]) -> None:
+    """As JSON Lines, and for people as CSV."""
+    write_atomically(path, _lines(rows))
+    write_csv(path.with_name(CSV[path.name]), list(columns), rows)
 
 
 def _write_html(
-    output_dir: Path, settings: Mapping, summary: Mapping, worst: Sequence[Mapping], bad: Sequence[Mapping]
+    output_dir: Path,
+    settings: Mapping,
+    summary: Mapping,
+    ranking: Sequence[Mapping],
+    most: int,
+    bad: Sequence[Mapping],
 ):
     interval, diagnosed = summary["interval"], summary["diagnosed"]
     figures = [
@@ -456,13 +491,18 @@ def _write_html(
     figures.append(Figure("Quarantined", f"{summary['quarantined']}", "files that could not be diagnosed"))
     figures.append(Figure("Skipped", f"{summary['skipped']}", "left out by rule"))
     sections = []
+    worst, top = ranking[:most], _common_folder(ranking)
     if worst:
+        shown = (
+            f"All {diagnosed} images" if len(worst) == diagnosed else f"The worst {len(worst)} of {diagnosed} images"
+        )
         sections.append(
             Section(
-                "Worst first",
-                f"The {len(worst)} images with the highest confidence of {diagnosed}: the image, and the diagnosis "
-                "over it. Yellow is a suspicion, magenta a certainty.",
-                pictures=[_card(row, output_dir) for row in worst],
+                "Images",
+                f"{shown}, those with the highest confidence first: the image, and the diagnosis over it. Yellow is a "
+                "suspicion, magenta a certainty.",
+                files=(CSV[DIAGNOSIS], DIAGNOSIS),
+                gallery=_gallery(worst, "worst first", top, output_dir),
             )
         )
     if summary["best"]:
@@ -470,14 +510,16 @@ def _write_html(
             Section(
                 "Cleanest",
                 f"The {len(summary['best'])} images with the lowest confidence, cleanest first; at most 24 are shown.",
-                pictures=[_card(row, output_dir) for row in summary["best"][:24]],
+                files=(CSV[BEST], BEST),
+                gallery=_gallery(summary["best"][:24], "cleanest first", top, output_dir),
             )
         )
     if bad:
         sections.append(
             Section(
                 "Quarantined",
-                f"The first {min(100, len(bad))} of {len(bad)} files that could not be diagnosed ({QUARANTINE}).",
+                f"The first {min(100, len(bad))} of {len(bad)} files that could not be diagnosed.",
+                files=(CSV[QUARANTINE], QUARANTINE),
                 table=Table(("file", ""), [(row["path"], row["reason"]) for row in bad[:100]]),
             )
         )
@@ -486,8 +528,9 @@ def _write_html(
         sections.append(
             Section(
                 "Skipped",
-                f"What was left out by rule, and how often; {SKIPPED} lists each.",
-                Table(("rule", ""), reasons),
+                "What was left out by rule, and how often.",
+                files=(CSV[SKIPPED], SKIPPED),
+                table=Table(("rule", "files"), reasons),
             )
         )
     sections.append(Section("Settings", table=Table(("", ""), [(key, str(value)) for key, value in settings.items()])))
@@ -501,16 +544,33 @@ def _write_html(
     )
 
 
-def _card(row: Mapping, output_dir: Path) -> Picture:
-    """Image and overlay beside each other; an empty place for what went or changed meanwhile."""
+def _common_folder(rows: Iterable[Mapping]) -> str | None:
+    """The folder that all images lie in, somewhere; None where there is none, as on two drives of Windows."""
+    try:
+        return os.path.commonpath({os.path.dirname(row["path"]) for row in rows})
+    except ValueError:
+        return None
 
-    def picture(path: str | Path) -> Image.Image | None:
-        try:
-            return read_image(path)
-        except Exception:  # as when they are read for the first time
-            return None
 
-    image = picture(row["path"]) if _is_current(row, output_dir) else None
-    note = f"maximum {row['max_confidence']:.3f}, area {100 * row['area_ratio']:.2f} %"
-    pair = [image, picture(_overlay(row["path"], output_dir))]
-    return Picture(image_grid([pair], margin=0), Path(row["path"]).name, note)
+def _gallery(rows: Sequence[Mapping], order: str, top: str | None, output_dir: Path) -> Gallery:
+    cards = (_card(row, top, output_dir) for row in rows)
+    return Gallery(cards, ("confidence", "area"), order, "folder")
+
+
+def _card(row: Mapping, top: str | None, output_dir: Path) -> Card:
+    """The thumbnails of an image and its overlay, with links to both: no file is opened, there may be thousands."""
+    path, size = Path(row["path"]), fitted((row["width"], row["height"]), THUMBNAIL)
+    overlay, *thumbnails = (address(picture, output_dir) for picture in _pictures(row["path"], output_dir))
+    fulls = (address(path, output_dir), overlay)
+    return Card(
+        title=path.name,
+        views=[
+            View(label, thumbnail, size, full)
+            for label, thumbnail, full in zip(("image", "diagnosis"), thumbnails, fulls)
+        ],
+        numbers=(row["max_confidence"], row["area_ratio"]),
+        verdict="artifact" if row["artifact"] else "clean",
+        tone="bad" if row["artifact"] else "good",
+        category=str(path.parent) if top is None else os.path.relpath(path.parent, top),
+        note=f"maximum {row['max_confidence']:.3f}, area {100 * row['area_ratio']:.2f} %",
+    )
