@@ -402,7 +402,7 @@ def test_report_is_ranked_and_has_its_pictures_beside_it(folder, tmp_path):
     with Image.open(out / pictures[1][1]) as image:
         red, green, blue = image.convert("RGB").getpixel((0, 0))
         assert red > blue > green
-    links = set(re.findall(r"""(?:src|href)=["']([^"']+)""", html))
+    links = set(re.findall(r"""(?:src|href)=["']([^#"'][^"']*)""", html))
     assert {link.split("/")[0] for link in links if "." not in link.split("/")[0]} == {"overlays", "report_files"}
     assert not re.search(r"""url\(|@import|<link|https?:""", html)
     assert "text.jpg" in html and "3 (50.0 %)" in html

@@ -38,7 +38,8 @@ class Page(HTMLParser):
         self.tags, self.attributes, self.words, self.code, self.open = [], [], "", {}, []
         self.feed(html)
         assert not self.open
-        self.links = [value for name, value in self.attributes if name in ("src", "href", "srcset", "data", "action")]
+        addresses = ("src", "href", "srcset", "data", "action")
+        self.links = [value for name, value in self.attributes if name in addresses and not value.startswith("#")]
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)

@@ -1,10 +1,14 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """What a treatment did, against figures worked out by hand; and the report that shows them."""
 
+import csv
 import io
 import json
 import math
+import os
+import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -159,7 +163,8 @@ def test_the_threshold_is_that_of_frequency_and_area():
 
 def test_files(made):
     report, folder = made
-    assert sorted(file.name for file in folder.iterdir()) == ["curves.png", "report.html", "report.json", "report.png"]
+    written = ["curves.png", "report.csv", "report.html", "report.json", "report.png", "report_files"]
+    assert sorted(file.name for file in folder.iterdir()) == written
     assert json.loads((folder / "report.json").read_text(encoding="utf-8")) == report
     assert report["counts"] == {"images": 6, "prompts": 3, "diversity_images": 6, "height": 16, "width": 16}
     assert report["judge_error_rates"] == RATES
@@ -168,8 +173,8 @@ def test_files(made):
         "prompt": "a dog",
         "seed": 14,
         "category": "dog",
-        "judge": {"before": pytest.approx(0.3), "after": pytest.approx(0.6)},
-        "detector": {"before": pytest.approx(0.24), "after": pytest.approx(0.48)},
+        "judge": {"before": pytest.approx(0.3), "after": pytest.approx(0.6), "harm": pytest.approx(0.3 / 256)},
+        "detector": {"before": pytest.approx(0.24), "after": pytest.approx(0.48), "harm": pytest.approx(0.24 / 256)},
     }
     assert report["training_log"] == LOG
     assert Image.open(folder / "report.png").width > 4 * 192
@@ -177,7 +182,63 @@ def test_files(made):
     assert (
         "83.3 % → 33.3 %" in html and "Prompt fidelity" in html and "load_lora_weights" in html and "runs/lora" in html
     )
-    assert html.count("data:image/") == 2 and "http" not in html.replace("http-equiv", "")
+    assert html.count("data:image/") == 1 and "http" not in html.replace("http-equiv", "")
+
+
+def test_each_pair_is_shown_the_worst_after_the_treatment_first(made):
+    _, folder = made
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    # after: 0.1 0.55 0.3 0.2 0.6 0.2; of the two of 0.2, the face was healed more than the dog
+    assert [int(seed) for seed in re.findall(r"seed (\d+), confidence", html)] == [14, 11, 12, 15, 13, 10]
+    verdicts = re.findall(r'data-verdict="([^"]+)" data-category="(\w+)"', html)
+    assert verdicts == [
+        ("harmed", "dog"),
+        ("both wrong", "hand"),
+        *[("healed", category) for category in ("face", "dog", "face", "hand")],
+    ]
+    assert "confidence 0.30 → 0.60, harm +0.0012" in html
+    names = re.findall(r'<img src="(report_files/\w+\.webp)" width="16" height="16"', html)
+    assert len(names) == 4 * 6 and {folder / name for name in names} == set((folder / "report_files").iterdir())
+    before, after, _, _ = (np.asarray(Image.open(folder / name).convert("RGB")) for name in names[:4])
+    assert (before[8, 8, 0], after[8, 8, 0]) == (round(0.3 * 255), round(0.6 * 255))
+
+
+def test_the_table_of_images_is_written_for_spreadsheets_too(made):
+    report, folder = made
+    with open(folder / "report.csv", encoding="utf-8", newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["prompt"] for row in table] == PROMPTS and [row["seed"] for row in table] == list(
+        "10 11 12 13 14 15".split()
+    )
+    assert [row["verdict"] for row in table] == ["healed", "both wrong", "healed", "healed", "harmed", "healed"]
+    for row, told in zip(table, report["images"]):
+        for judge in ("judge", "detector"):
+            assert {key: float(row[f"{judge}_{key}"]) for key in ("before", "after", "harm")} == told[judge]
+
+
+def test_pictures_of_an_earlier_report_go_and_what_is_not_ours_stays(tmp_path):
+    report_of(ImagePairs(images([0.9]), images([0.1]), ["a hand"]), tmp_path)
+    (tmp_path / "report_files/mine.webp").write_bytes(b"mine")
+    earlier = set(os.listdir(tmp_path / "report_files"))
+    report_of(ImagePairs(images([0.9]), images([0.4]), ["a hand"]), tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    now = set(os.listdir(tmp_path / "report_files"))
+    assert now == {*re.findall(r'src="report_files/(\w+\.webp)"', html), "mine.webp"} and len(now - earlier) == 2
+
+
+def test_pictures_and_figures_are_of_the_same_pairs(tmp_path):
+    judge = BrightnessJudge(1.0)
+    figures = measure(PAIRS, {"judge": judge}, show_progress=False)
+    pictures = draw_pairs(ImagePairs(images([0.9]), images([0.1]), ["a hand"]), judge)
+    with pytest.raises(ValueError, match="`pictures` are of 1 pairs, but `figures` of 6"):
+        render(figures, pictures, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_picture_of_some_is_spread_over_all():
+    whole = ImagePairs(images([i / 100 for i in range(40)]), images([0.5] * 40), [f"prompt {i}" for i in range(40)])
+    drawn = draw_pairs(whole, BrightnessJudge(1.0), count=5)
+    assert drawn.grid.note == "5 of 40 images, evenly spaced and not picked." and len(drawn.each) == 40
 
 
 def test_summary_says_how_to_use_the_result(made):

@@ -337,7 +337,7 @@ def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = N
 
 
 def report(trainer: PixelRewardTrainer, inputs: Inputs, count: int, seed: int) -> None:
-    """Generate held-out prompts with and without the LoRA, judge them, write report.html, .json and .png."""
+    """Generate held-out prompts with and without the LoRA, judge them, write report.html, .json, .csv and .png."""
     output_dir = Path(trainer.args.output_dir)
     plain = {}
     if inputs.plain_prompts is not None:

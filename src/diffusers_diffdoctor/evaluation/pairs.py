@@ -108,7 +108,8 @@ def measure(
         - `change`: `inside`, `outside` the region that the first judge diagnosed before the treatment
         - `categories[name][judge]`: as `artifact_frequency`
         - `counts`, `thresholds`
-        - `images`: one row per image with prompt, seed, category and maximum confidences
+        - `images`: one row per image with prompt, seed and category, and for each judge the maximum confidences `before` and
+          `after` and the `harm`, the mean confidence of the pixels after minus that before, in [-1, 1]: above 0 it became worse
 
     Raises:
         ValueError, TypeError: an argument that cannot be measured; the message names it.
@@ -116,7 +117,8 @@ def measure(
     groups = diversity_pairs if diversity_pairs is not None else pairs
     _check(judges, features, groups, batch_size)
     main = next(iter(judges))
-    worst, area, scores, main_maps = {name: {} for name in judges}, {name: {} for name in judges}, {}, None
+    worst, area, mean = ({name: {} for name in judges} for _ in range(3))
+    scores, main_maps = {}, None
     diversity = {name: {} for name in features or ()}
     steps = 2 * math.ceil(len(pairs) / batch_size) * (len(judges) + (fidelity is not None))
     steps += 2 * math.ceil(len(groups) / batch_size) * len(diversity)
@@ -126,6 +128,7 @@ def measure(
                 maps = _in_batches(lambda x, judge=judge: diagnose(judge, x), images, batch_size, progress)
                 worst[name][side] = metrics.max_confidence(maps)
                 area[name][side] = metrics.area_ratio(maps, threshold).mean().item()
+                mean[name][side] = maps.mean(dim=(1, 2, 3), dtype=torch.float64)
                 if (name, side) == (main, "before"):
                     main_maps = maps
             if fidelity is not None:
@@ -167,12 +170,22 @@ def measure(
                 "prompt": prompt,
                 "seed": int(pairs.seeds[i]) if pairs.seeds is not None else None,
                 "category": pairs.categories[i] if pairs.categories is not None else None,
-                **{name: {side: x[i].item() for side, x in worst[name].items()} for name in judges},
+                **{
+                    name: {side: x[i].item() for side, x in worst[name].items()}
+                    | {"harm": (mean[name]["after"][i] - mean[name]["before"][i]).item()}
+                    for name in judges
+                },
             }
             for i, prompt in enumerate(pairs.prompts)
         ],
     }
     return json_ready(figures)
+
+
+def verdict(before: float, after: float, threshold: float) -> str:
+    """What became of an image by its maximum confidences: "healed", "harmed", "both wrong" or "both sound"."""
+    names = {(True, False): "healed", (False, True): "harmed", (True, True): "both wrong"}
+    return names.get((before >= threshold, after >= threshold), "both sound")
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,11 +14,17 @@ from typing import Any, TextIO
 import torch
 
 from .. import __version__
-from ..files import write_atomically, written_atomically
+from ..files import digest, write_atomically, written_atomically
 from ..names import shortened
-from ..pictures import before_after_grid, plot_curves
-from .pairs import ImagePairs, Judge, diagnose, json_ready
-from .report import Figure, Picture, Section, Table, html_report
+from ..pictures import before_after_grid, heatmap_overlay, plot_curves, to_pil
+from ..tables import write_csv
+from .pairs import ImagePairs, Judge, diagnose, json_ready, verdict
+from .report import PICTURES, Card, Figure, Gallery, Picture, Section, Table, View, encode, fitted, html_report
+
+
+LONGEST = 768  # pixels of the longer side of a pair's pictures
+VIEWS = ("before", "after", "diagnosis before", "diagnosis after")
+TONES = {"healed": "good", "harmed": "bad", "both wrong": "bad", "both sound": "plain"}
 
 
 @dataclass
@@ -42,23 +49,51 @@ class TreatmentRun:
     details: Mapping[str, object] = field(default_factory=dict)
 
 
-def draw_pairs(pairs: ImagePairs, judge: Judge, count: int = 12) -> Picture:
-    """Some of the images before and after with the judge's diagnosis: evenly spaced over all of them, not picked."""
-    chosen = torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().long()
-    before, after = pairs.before[chosen], pairs.after[chosen]
+@dataclass
+class PairPictures:
+    """What [`draw_pairs`] drew.
+
+    Attributes:
+        grid: some of the pairs in one picture.
+        each: of every pair four pictures as WEBP files: before, after, and the diagnoses of the two.
+        size: their width and height in pixels.
+    """
+
+    grid: Picture
+    each: list[list[bytes]]
+    size: tuple[int, int]
+
+
+def draw_pairs(pairs: ImagePairs, judge: Judge, count: int = 12) -> PairPictures:
+    """The images before and after with the judge's diagnosis: each pair, and a picture of some.
+
+    Args:
+        pairs: the images.
+        judge: whose diagnosis is drawn.
+        count: most pairs in the picture of some; they are evenly spaced over all of them, not picked.
+    """
+    chosen = torch.linspace(0, len(pairs) - 1, min(count, len(pairs))).round().long().tolist()
+    each, maps = [], {}
+    for i, sides in enumerate(zip(pairs.before, pairs.after)):
+        images = torch.stack(sides)
+        found = diagnose(judge, images).float().cpu()
+        each.append([encode(to_pil(picture), LONGEST) for picture in (*images, *heatmap_overlay(images, found))])
+        if i in chosen:
+            maps[i] = found
     captions = [
         pairs.prompts[i] if pairs.seeds is None else f"{pairs.prompts[i]} (seed {pairs.seeds[i]})" for i in chosen
     ]
-    maps = [torch.cat([diagnose(judge, image[None]).float().cpu() for image in images]) for images in (before, after)]
-    return Picture(
-        before_after_grid(before, after, *maps, captions),
+    before_maps, after_maps = torch.stack([maps[i] for i in chosen], dim=1)
+    grid = Picture(
+        before_after_grid(pairs.before[chosen], pairs.after[chosen], before_maps, after_maps, captions),
         note=f"{len(chosen)} of {len(pairs)} images, evenly spaced and not picked.",
     )
+    return PairPictures(grid, each, fitted((pairs.before.shape[3], pairs.before.shape[2]), LONGEST))
 
 
 def render(
     figures: Mapping,
-    picture: Picture,
+    pictures: PairPictures,
     output_dir: str | os.PathLike,
     run: TreatmentRun | None = None,
     title: str = "Treatment report",
@@ -67,25 +102,36 @@ def render(
 
     Args:
         figures: what [`measure`] returned.
-        picture: what [`draw_pairs`] returned.
-        output_dir: folder for report.json, report.html, report.png and, with a training log, curves.png.
+        pictures: what [`draw_pairs`] returned for the same pairs.
+        output_dir: folder for report.json, report.csv (its table of images), report.html with the pictures of the pairs in
+            report_files/, report.png (some of the pairs) and, with a training log, curves.png.
         run: what else is to be said.
         title: heading of the page.
 
     Returns:
         The contents of report.json: the figures, the attributes of [`TreatmentRun`], and the `version` of this package. Of
         absolute paths the files have the last component only, since reports are shared; here they are whole.
+
+    Raises:
+        ValueError: figures and pictures are of different pairs.
     """
+    if len(pictures.each) != len(figures["images"]):
+        raise ValueError(
+            f"`pictures` are of {len(pictures.each)} pairs, but `figures` of {len(figures['images'])}: draw the pairs that were "
+            "measured."
+        )
     run = TreatmentRun() if run is None else run
     report = json_ready({**figures, **asdict(run), "version": __version__})
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with written_atomically(output_dir / "report.png") as unfinished:
-        picture.image.save(unfinished, "PNG")
+        pictures.grid.image.save(unfinished, "PNG")
     curves = plot_curves(run.training_log, output_dir / "curves.png") if run.training_log else None
-    shown = Picture(output_dir / "report.png", picture.caption, picture.note)
     written = _without_local_paths(report)
-    _write_html(written, output_dir / "report.html", title, shown, curves)
+    _write_table(written, output_dir / "report.csv")
+    files = _write_pictures(pictures, output_dir / PICTURES)
+    _write_html(written, output_dir / "report.html", title, _gallery(written, files, pictures.size), curves)
+    _remove_others(output_dir / PICTURES, files)
     # Last, so that a report.json stands for a whole report.
     text = json.dumps(written, indent=2, ensure_ascii=False, allow_nan=False)
     write_atomically(output_dir / "report.json", text)
@@ -111,7 +157,7 @@ def print_summary(report: Mapping, file: TextIO | None = None) -> None:
     lines.append(f"  {'':{widths[0]}}  {'before':>{max(6, widths[1])}}  {'after':>{max(6, widths[2])}}")
     for name, old, new, note in rows:
         lines.append(f"  {name:{widths[0]}}  {old:>{max(6, widths[1])}}  {new:>{max(6, widths[2])}}  {note}".rstrip())
-    judge = next(iter(report["artifact_frequency"]))
+    judge = _main(report)
     if report["categories"]:
         lines += ["", f"  Artifact frequency by category, {judge}:"]
     for category, judges in report["categories"].items():
@@ -152,8 +198,74 @@ def _rows(report: Mapping) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _write_html(report: Mapping, path: Path, title: str, picture: Picture, curves: Path | None) -> None:
-    main = next(iter(report["artifact_frequency"]))
+def _main(report: Mapping) -> str:
+    """The judge that counts."""
+    return next(iter(report["artifact_frequency"]))
+
+
+def _verdict(row: Mapping, report: Mapping) -> str:
+    confidences = row[_main(report)]
+    return verdict(confidences["before"], confidences["after"], report["thresholds"]["artifact"])
+
+
+def _write_table(report: Mapping, path: Path) -> None:
+    """The table of images, for a spreadsheet."""
+    judges = {
+        f"{name}_{key}": (name, key) for name in report["artifact_frequency"] for key in ("before", "after", "harm")
+    }
+    facts = ("prompt", "seed", "category")
+    rows = (
+        {fact: row[fact] for fact in facts}
+        | {"verdict": _verdict(row, report)}
+        | {column: row[name][key] for column, (name, key) in judges.items()}
+        for row in report["images"]
+    )
+    write_csv(path, [*facts, "verdict", *judges], rows)
+
+
+def _write_pictures(pictures: PairPictures, folder: Path) -> list[list[str]]:
+    """Write the pictures of each pair; returns their names. They are named by their content, so that none takes the place of one
+    that an earlier page shows."""
+    folder.mkdir(exist_ok=True)
+    names = [[f"{digest(content)[:16]}.webp" for content in pair] for pair in pictures.each]
+    for name, content in {name: data for pair in zip(names, pictures.each) for name, data in zip(*pair)}.items():
+        if not (folder / name).exists():
+            write_atomically(folder / name, content)
+    return names
+
+
+def _remove_others(folder: Path, files: Sequence[Sequence[str]]) -> None:
+    """Remove the pictures of earlier pages."""
+    shown = {name for pair in files for name in pair}
+    for path in folder.glob("*.webp"):
+        if re.fullmatch(r"[0-9a-f]{16}\.webp", path.name) and path.name not in shown:
+            path.unlink()
+
+
+def _gallery(report: Mapping, files: Sequence[Sequence[str]], size: tuple[int, int]) -> Gallery:
+    """A card for each pair, the one that is worst after the treatment first."""
+    main, cards = _main(report), []
+    for row, names in zip(report["images"], files):
+        x, word = row[main], _verdict(row, report)
+        seed = "" if row["seed"] is None else f"seed {row['seed']}, "
+        cards.append(
+            Card(
+                title=row["prompt"],
+                views=[View(label, f"{PICTURES}/{name}", size) for label, name in zip(VIEWS, names)],
+                numbers=(x["after"], x["harm"], x["before"]),
+                verdict=word,
+                tone=TONES[word],
+                category=row["category"] or "",
+                note=f"{seed}confidence {x['before']:.2f} → {x['after']:.2f}, harm {x['harm']:+.4f}",
+            )
+        )
+    cards.sort(key=lambda card: (-card.numbers[0], -card.numbers[1]))
+    numbers = ("confidence after", "harm", "confidence before")
+    return Gallery(cards, numbers, "worst first", slider=True)
+
+
+def _write_html(report: Mapping, path: Path, title: str, gallery: Gallery, curves: Path | None) -> None:
+    main = _main(report)
     figures = []
     for name, x in report["artifact_frequency"].items():
         better = x["after"] < x["before"]
@@ -193,12 +305,6 @@ def _write_html(report: Mapping, path: Path, title: str, picture: Picture, curve
         about_judge += f" Its own error rates: {_errors(errors)}."
     sections = [
         Section(
-            "Before and after",
-            f"The diagnosis is by “{main}”.",
-            pictures=[picture],
-            wide=True,
-        ),
-        Section(
             "Figures",
             f"{about_judge} Of {report['counts']['images']} images, {frequency['healed']} were healed and "
             f"{frequency['harmed']} harmed. An image has an artifact if its maximum confidence is at least "
@@ -225,6 +331,15 @@ def _write_html(report: Mapping, path: Path, title: str, picture: Picture, curve
                 table=Table(("category", "images", "before", "after"), rows),
             )
         )
+    sections.append(
+        Section(
+            "Before and after",
+            f"All {report['counts']['images']} pairs, worst after the treatment first; verdict and diagnosis are by “{main}”. The "
+            "confidence is the highest of a pixel; the harm is the mean of all pixels after, minus that before.",
+            files=("report.csv",),
+            gallery=gallery,
+        )
+    )
     if curves is not None:
         sections.append(Section("Training", pictures=[Picture(curves)], wide=True))
     if report["lora_dir"] or report["loading_code"]:

@@ -137,8 +137,11 @@ class PixelRewardTrainer(RunTrainer):
         "training_report.html",
         "report.html",
         "report.json",
+        "report.csv",
         "report.png",
+        "report_files/*.webp",
         "plain/report.*",
+        "plain/report_files/*.webp",
     )
     # `compute_loss` returns its share of the mean over all samples of the update
     loss_is_scaled_for_ga = True

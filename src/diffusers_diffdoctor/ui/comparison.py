@@ -11,6 +11,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from ..evaluation import pairs
 from ..files import find_images
 from ..images import read_image
 from ..names import markdown
@@ -50,9 +51,7 @@ class Measured:
 
     def verdict(self, threshold: float) -> str:
         """ "healed", "harmed", "both wrong" or "both sound"."""
-        wrong = self.before >= threshold, self.after >= threshold
-        names = {(True, False): "healed", (False, True): "harmed", (True, True): "both wrong"}
-        return names.get(wrong, "both sound")
+        return pairs.verdict(self.before, self.after, threshold)
 
 
 class Comparison:
