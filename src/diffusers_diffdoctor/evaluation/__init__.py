@@ -25,7 +25,7 @@ from .metrics import (
 )
 from .pairs import ImagePairs, measure
 from .report import html_report
-from .treatment_report import TreatmentRun, draw_pairs, print_summary, render
+from .treatment_report import PairPictures, TreatmentRun, draw_pairs, print_summary, render
 
 
 # for `evaluate.load`
@@ -35,6 +35,7 @@ __all__ = [
     "ARTIFACT_MAP_METRIC",
     "DetectorFigures",
     "ImagePairs",
+    "PairPictures",
     "TreatmentRun",
     "area_ratio",
     "artifact_frequency",

@@ -76,7 +76,7 @@ def diagnose_images(
     top_k: int = 0,
     restart: bool = False,
     workers: int = 4,
-    report_images: int = 20_000,
+    report_images: int = 10_000,
     show_progress: bool = True,
 ) -> dict:
     """Diagnose image files and write a report. An interrupted run goes on where it stopped when it is started again.
@@ -101,7 +101,7 @@ def diagnose_images(
         top_k: how many of the cleanest images to list.
         restart: begin anew in a folder that holds another diagnosis.
         workers: threads that read files.
-        report_images: most images to show in report.html, the worst; a browser opens some ten thousand at once.
+        report_images: most images to show in report.html, the worst; a browser takes its time for more than ten thousand.
 
     Returns:
         `found` = `diagnosed` + `quarantined` + `skipped`; `skipped_reasons` (rule -> count); `unread` (how many are or may

@@ -177,13 +177,13 @@
       );
       this.dialog = make("dialog", {}, this.header, this.stage);
       this.dialog.setAttribute("aria-label", "Closer look");
-      this.dialog.addEventListener("close", () => this.gallery.focus(this.gallery.current));
+      this.dialog.addEventListener("close", () => this.gallery.focus(this.card));
       document.body.append(this.dialog);
     }
 
     show(gallery, card) {
       this.gallery = gallery;
-      gallery.current = card;
+      this.card = gallery.current = card;
       this.about.replaceChildren(...[...card.element.querySelector("figcaption").childNodes].map((node) => node.cloneNode(true)));
       const pairs = [...card.element.querySelectorAll(".pair")].map((pair) => this.enlarged(pair));
       this.stage.replaceChildren(...pairs);
