@@ -492,6 +492,7 @@ def test_wrong_use_is_said_clearly(folder, tmp_path):
         ({"threshold": 0.0}, "threshold"),
         ({"batch_size": 0}, "batch_size"),
         ({"top_k": -1}, "top_k"),
+        ({"report_images": -1}, "report_images"),
     ):
         with pytest.raises(ValueError, match=f"`{message}`"):
             diagnose(folder, tmp_path / "out", **options)
