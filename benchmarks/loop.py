@@ -16,8 +16,10 @@ import argparse
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -51,6 +53,8 @@ ARTIFACTS = {
     "test": 0.4,
     "photos": 0.0,
 }  # share of images with one, in the other categories
+ALL_STEPS = 20  # at least so many steps are run in two rounds
+LONGEST_LIFE = 8.0  # seconds that a step lives that is to be killed
 JUDGED = 0.5  # confidence from which the judge's pixel is painted
 
 
@@ -150,21 +154,28 @@ def paint(world: Path, folder: Path, sizes: dict[str, int], seed: int) -> None:
 
 
 def run(config: Path, output: Path, world: Path, sizes: dict[str, int], seed: int, kills: int, say=print) -> int:
-    """The loop until it is done, with people; returns how often it was killed."""
+    """The loop until it is done, with people; returns how often it was killed: each time within another step, after some seconds."""
     chance, killed = random.Random(seed), 0
+    doomed = sorted(chance.sample(range(ALL_STEPS), kills))
     command = [sys.executable, "-m", "diffdoctor", "data", "loop", "--config", str(config)]
+    begun: set[str] = set()
     while True:
-        process = subprocess.Popen(command)
-        try:
-            # a third of the kills come early, when little is done
-            status = process.wait(chance.uniform(10, 60 if killed % 3 else 25) if killed < kills else None)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        killer = None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if line.startswith("[round") and not line.endswith("done before\n"):
+                begun.add(line.partition(": ")[0])
+                if killer is None and killed < kills and len(begun) > doomed[killed]:
+                    killer = threading.Timer(chance.uniform(0, LONGEST_LIFE), process.kill)
+                    killer.start()
+        status = process.wait()
+        if killer is not None:
+            killer.cancel()
+        if status == -signal.SIGKILL:
             killed += 1
-            say(f"kill {killed} of {kills}")
-            continue
-        if status == WAITS:
+            say(f"kill {killed} of {kills}", flush=True)
+        elif status == WAITS:
             paint(world, output, sizes, seed)
         elif status:
             raise SystemExit(f"the loop ended with status {status}")
