@@ -7,7 +7,6 @@ in [`stand_out`]. A category that is flagged is where the detector cries wolf, o
 people have to look.
 """
 
-import csv
 import io
 import json
 import math
@@ -28,6 +27,7 @@ from ..evaluation.report import Figure, Picture, Section, Table, html_report
 from ..files import write_atomically
 from ..images import read_artifact_map
 from ..pictures import forest_plot
+from ..tables import write_csv
 from .schema import SOURCES, Row
 from .shards import Quarantined, Shard
 from .stage import DATA, LEFT_OUT, MARKERS, Result, Stage, row_name, run_stage
@@ -195,7 +195,7 @@ def balance(
         groups = _groups(totals[column], min_images, cutoff)
         result["flagged" if kind == "categories" else "flagged_generators"] = [g.name for g in groups if g.flag]
         result[kind] = [asdict(group) for group in groups]
-        write_atomically(output_dir / f"{kind}.csv", _csv(groups))
+        _write_csv(output_dir / f"{kind}.csv", groups)
     _write_report(output_dir, result)
     write_atomically(output_dir / "balance.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     return result
@@ -232,29 +232,13 @@ def _groups(totals: Mapping[str, Sequence[float]], min_images: int, cutoff: floa
     return judged + sorted((g for g in groups if g.deviation is None), key=lambda g: (-g.images, g.name))
 
 
-def _csv(groups: Sequence[Group]) -> str:
-    file = io.StringIO()
-    columns = (
-        "name",
-        "images",
-        "artifacts",
-        "share",
-        "low",
-        "high",
-        "max_confidence",
-        "area_ratio",
-        "deviation",
-        "flag",
-    )
-    table = csv.writer(file, lineterminator="\n")
-    table.writerow(columns)
+def _write_csv(path: Path, groups: Sequence[Group]) -> None:
+    numbers = ("share", "low", "high", "max_confidence", "area_ratio")
+    rows = []
     for group in groups:
-        # a spreadsheet would take such a name for a formula
-        name = f"'{group.name}" if group.name.startswith(("=", "+", "-", "@", "\t", "\r")) else group.name
-        numbers = (group.share, *group.interval, group.max_confidence, group.area_ratio)
-        deviation = "" if group.deviation is None else f"{group.deviation:.3f}"
-        table.writerow([name, group.images, group.artifacts, *(f"{n:.6f}" for n in numbers), deviation, group.flag])
-    return file.getvalue()
+        row = asdict(group) | dict(zip(("low", "high"), group.interval))
+        rows.append(row | {name: round(row[name], 6) for name in numbers})
+    write_csv(path, ("name", "images", "artifacts", *numbers, "deviation", "flag"), rows)
 
 
 def _write_report(output_dir: Path, result: Mapping[str, Any]) -> None:

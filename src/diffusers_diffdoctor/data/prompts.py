@@ -2,6 +2,7 @@
 """Prompts by a language model for categories that need more images: diverse, filtered, none twice, each with its seed."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -227,7 +228,7 @@ def flagged_categories(path: str | os.PathLike) -> list[str]:
         text = path.read_text(encoding="utf-8")
         if path.suffix == ".csv":
             # the table writes an apostrophe before what a spreadsheet would compute
-            names = [row["name"].removeprefix("'") for row in csv.DictReader(text.splitlines()) if row["flag"]]
+            names = [row["name"].removeprefix("'") for row in csv.DictReader(io.StringIO(text)) if row["flag"]]
         else:
             names = json.loads(text)["flagged"]
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
