@@ -228,12 +228,24 @@ def test_a_round_waits_for_people_skips_what_is_done_and_does_again_what_has_cha
     assert "which no loop has written" in capsys.readouterr().err
 
 
+def test_what_would_fail_after_people_have_painted_is_said_before(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    command = ["data", "loop", "--config", "loop.yaml"]
+    for content, message in (
+        (LEAST, "annotated"),
+        (LEAST | {"train_dataset": [str(dataset(tmp_path / "painted", 3, 0, True))]}, "`--model detector`"),
+    ):
+        Path("loop.yaml").write_text(yaml.safe_dump(content))
+        assert main(command) == 1
+        said = capsys.readouterr().err
+        assert "'loop.yaml': " in said and message in said and not Path("loop").exists()
+
+
 def test_a_command_that_fails_stops_the_loop_and_is_named(tmp_path, capsys):
-    content = LEAST | {
-        "output_dir": str(tmp_path / "loop"),
-        "pool": str(tmp_path / "nothing"),
-        "detector": str(tmp_path),
-    }
+    content = LEAST | {name: str(tmp_path / name) for name in ("output_dir", "pool", "detector")}
+    content["train_dataset"] = [str(dataset(tmp_path / "annotated", 3, 0, True))]
+    new_detector("b0", image_size=SIZE).save_pretrained(tmp_path / "detector")
     (tmp_path / "loop.yaml").write_text(yaml.safe_dump(content))
     assert main(["data", "loop", "--config", str(tmp_path / "loop.yaml")]) == 1
     assert "Round 1, label: `diffdoctor data` ended with status 1" in capsys.readouterr().err

@@ -146,7 +146,12 @@ def check_sections(settings, path: str) -> None:
 
 def _check_training(settings, path: str) -> None:
     from ..data.loop.settings import arguments
-    from .train_detector import parse
+    from .train_detector import check_model_is_there, parse, read_names
 
     words = ["--train_dataset", "masks", "--output_dir", settings.output_dir, *arguments(settings.train, "_")]
     parse(words, prog=f"{path}: train")
+    try:  # what is trained on and from, which is otherwise asked for when people have painted
+        read_names(settings.train_dataset, "train_dataset")
+        check_model_is_there(settings.train.get("model", settings.detector))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{path!r}: {error}") from error
