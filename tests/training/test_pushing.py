@@ -327,12 +327,9 @@ def repeat(hub, folder, command):
 
 
 WEIGHTS = {"treatment": "pytorch_lora_weights.safetensors", "detector": "model.safetensors"}
-GRID = [
-    (kind, place, fault)
-    for kind in WEIGHTS
-    for place in (COMMIT, UPLOAD)
-    for fault in (500, 401, 429, "reset", "silence")
-]
+# each fault at each place, by the two trainers in turn: what pushes is one for both
+PLACES = [(place, fault) for place in (COMMIT, UPLOAD) for fault in (500, 401, 429, "reset", "silence")]
+GRID = [(list(WEIGHTS)[number % 2], *where) for number, where in enumerate(PLACES)]
 
 
 def in_short(cases, quick):
@@ -361,7 +358,7 @@ def assert_all_arrived(files, folder, kind):
     assert not list((folder / "run").glob(".push*"))
 
 
-@pytest.mark.parametrize("kind, place, fault", in_short(GRID, {GRID[4], GRID[18]}))
+@pytest.mark.parametrize("kind, place, fault", in_short(GRID, {GRID[3], GRID[4]}))
 def test_training_ends_well_and_its_user_is_told(tmp_path, kind, place, fault):
     with hub_server.serve() as hub:
         hub.faults.append(Fault(place, fault))
@@ -379,7 +376,7 @@ def test_training_ends_well_and_its_user_is_told(tmp_path, kind, place, fault):
         assert_all_arrived(hub.files("user/run"), tmp_path, kind)
 
 
-@pytest.mark.parametrize("kind, place, fault", in_short([case for case in GRID if case[2] != 401], {GRID[6]}))
+@pytest.mark.parametrize("kind, place, fault", in_short([case for case in GRID if case[2] != 401], {GRID[5]}))
 def test_a_fault_that_passes_is_all_the_same_in_the_end(tmp_path, kind, place, fault):
     with hub_server.serve() as hub:
         hub.faults.append(Fault(place, fault, times=1))
