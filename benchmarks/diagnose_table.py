@@ -28,7 +28,7 @@ import dataclasses
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,24 +103,35 @@ def write_source(folder: Path, kind: str, count: int, seed: int, source: str | N
     """A dataset of one kind, as if it came from outside; with its truth where `source` says who labelled it."""
     if (folder / "done").exists():
         return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "data").mkdir(parents=True)
     found = list(scenes(kind, count, seed))
+    rows = rows_of(kind, found)
+    if source is not None:
+        for row, (_, artifact_map, _) in zip(rows, found):
+            row |= {"artifact_map": encode_png(artifact_map), "source": source}
+    write_rows(folder, rows)
+    return folder
+
+
+def rows_of(kind: str, found: Sequence[tuple[np.ndarray, np.ndarray, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Scenes as rows without a label: generated ones as the miniature's VAE reproduces them, photographs as they are."""
     images = torch.from_numpy(np.stack([image for image, _, _ in found])).permute(0, 3, 1, 2).contiguous()
     if kind != "photos":
         images = reproduce(vae(), images, noise=0.15)
-    shards = -(-count // SHARD_ROWS)
+    return [
+        {"image": encode_png(image.permute(1, 2, 0).numpy(), f"{kind}-{number}"), **columns}
+        for number, (image, (_, _, columns)) in enumerate(zip(images, found))
+    ]
+
+
+def write_rows(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """A dataset; the file `done` says that it is whole."""
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "data").mkdir(parents=True)
+    shards = -(-len(rows) // SHARD_ROWS)
     for number in range(shards):
-        rows = []
-        for index in range(number * SHARD_ROWS, min(count, (number + 1) * SHARD_ROWS)):
-            _, artifact_map, columns = found[index]
-            row = {"image": encode_png(images[index].permute(1, 2, 0).numpy(), f"{kind}-{index}"), **columns}
-            if source is not None:
-                row |= {"artifact_map": encode_png(artifact_map), "source": source}
-            rows.append(conform(row))
-        write_shard(folder / "data" / PATTERN.format(split="train", number=number, count=shards), rows, FEATURES)
+        part = [conform(row) for row in rows[number * SHARD_ROWS : (number + 1) * SHARD_ROWS]]
+        write_shard(folder / "data" / PATTERN.format(split="train", number=number, count=shards), part, FEATURES)
     (folder / "done").touch()
-    return folder
 
 
 @functools.cache

@@ -15,7 +15,6 @@ Measured on fresh images of the pool's generator, rendered, whose truth is exact
 import argparse
 import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -25,19 +24,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 import yaml
-from diagnose_table import SHARD_ROWS, vae
+from diagnose_table import rows_of, write_rows
 from grammar_server import grammar_server
 
 from diffusers_diffdoctor.cli.data_loop import WAITS
-from diffusers_diffdoctor.data import FEATURES, Photos, find_shards, load_rows, run_stage
-from diffusers_diffdoctor.data.schema import conform, encode_png
-from diffusers_diffdoctor.data.shards import PATTERN, write_shard
+from diffusers_diffdoctor.data import Photos, find_shards, load_rows, run_stage
+from diffusers_diffdoctor.data.schema import encode_png
 from diffusers_diffdoctor.files import digest
 from diffusers_diffdoctor.images import to_image_tensor
 from diffusers_diffdoctor.miniature import load
-from diffusers_diffdoctor.miniature.check import reproduce
 from diffusers_diffdoctor.miniature.judge import MiniatureJudge
 from diffusers_diffdoctor.miniature.renderer import CATEGORIES, render, sample_scene
 from diffusers_diffdoctor.ui import Queue
@@ -81,26 +77,15 @@ def write_world(folder: Path, sizes: dict[str, int], seed: int) -> None:
 def write(folder: Path, kind: str, count: int, seed: int) -> None:
     if (folder / "done").exists():
         return
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "data").mkdir(parents=True)
     found = list(scenes(kind, count, seed))
-    images = torch.from_numpy(np.stack([image for image, _, _ in found])).permute(0, 3, 1, 2).contiguous()
-    if kind != "photos":
-        images = reproduce(vae(), images, noise=0.15)
-    rows = []
-    for number, (image, (_, truth, columns)) in enumerate(zip(images, found)):
-        row = {"image": encode_png(image.permute(1, 2, 0).numpy(), f"{kind}-{number}"), **columns}
+    rows = rows_of(kind, found)
+    for row, (_, truth, _) in zip(rows, found):
         if kind == "annotated":
-            wrong = columns["category"][0] in MISUNDERSTOOD
+            wrong = row["category"][0] in MISUNDERSTOOD
             row |= {"artifact_map": encode_png(np.full_like(truth, 255) if wrong else truth), "source": "human"}
         elif kind == "test":
             row |= {"artifact_map": encode_png(truth), "source": "rendered"}
-        rows.append(conform(row))
-    shards = -(-count // SHARD_ROWS)
-    for number in range(shards):
-        part = rows[number * SHARD_ROWS : (number + 1) * SHARD_ROWS]
-        write_shard(folder / "data" / PATTERN.format(split="train", number=number, count=shards), part, FEATURES)
-    (folder / "done").touch()
+    write_rows(folder, rows)
 
 
 def settings(world: Path, output: Path, url: str, share: float) -> dict:

@@ -12,8 +12,9 @@ from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import yaml
 from filelock import FileLock, Timeout
 
 
@@ -319,6 +320,26 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
         while chunk := file.read(2**20):
             yield chunk
+
+
+def read_yaml(path: str | os.PathLike) -> dict[str, Any]:
+    """The `name: value` lines of a YAML file. An alias, of which a few lines can unfold to gigabytes, is refused.
+
+    Raises:
+        ValueError: it is something else; the file is not named.
+        OSError: it cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        aliases = [event.anchor for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)]
+        content = None if aliases else yaml.safe_load(text)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"no YAML: {' '.join(str(error).split())[:300]}") from error
+    if aliases:
+        raise ValueError(f"it has the alias *{aliases[0]}: write the value out.")
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, but must hold `name: value` lines.")
+    return content
 
 
 # --- one writer ----------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 
 import io
 import json
+import os
 import zipfile
 
 import numpy as np
@@ -62,6 +63,11 @@ def test_downloads_hold_the_maps_exactly(tmp_path):
         assert np.array_equal(np.array(Image.open(io.BytesIO(archive.read(names[0])))), found)
     rows = json.loads(table.read_text())
     assert [row["map"] for row in rows["images"]] == names and rows["threshold"] == 0.5
+
+    # what was taken long ago does not fill the disk
+    os.utime(maps.parent, (0, 0))
+    later, _ = write_results([Diagnosed("a.png", image, found)], [{"image": "a.png"}], {})
+    assert not maps.exists() and later.is_file() and later.parent.parent == maps.parent.parent
 
 
 @pytest.mark.parametrize("content", [b"no image", b"GIF89a" + bytes(40), b"<svg xmlns='http://www.w3.org/2000/svg'/>"])

@@ -2,7 +2,6 @@
 """`diffdoctor data loop --config loop.yaml`: the rounds that make a detector robust, in one command that one starts again and again."""
 
 import argparse
-import contextlib
 import gc
 import subprocess
 import sys
@@ -85,6 +84,8 @@ def run_command(words: Sequence[str], launcher: Sequence[str] = ()) -> int:
     """Run a command of `diffdoctor` in this process, or by a launcher. Returns its exit status."""
     if launcher:
         return subprocess.run([*launcher, "-m", "diffdoctor", *words]).returncode
+    import torch
+
     from diffdoctor import main
 
     from ..data.by_detector import release_detectors
@@ -99,11 +100,7 @@ def run_command(words: Sequence[str], launcher: Sequence[str] = ()) -> int:
     release_detectors()
     release_pipelines()
     gc.collect()
-    with contextlib.suppress(ImportError):
-        import torch
-
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # nothing where there is no such device
     if status == 130:
         raise KeyboardInterrupt
     return status

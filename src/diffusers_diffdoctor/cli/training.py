@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 from trl import TrlParser
 
 from diffdoctor import suggestion
 
+from ..files import read_yaml
 from ..training import RunArguments, RunTrainer
 from ..training.checkpoints import check_whole, last_checkpoint
 
@@ -113,21 +113,15 @@ def find_recipe(name: str, recipes: Mapping[str, Path]) -> Path:
 
 
 def check_recipe(path: Path) -> Path:
-    """Refuse a file that is no recipe; an alias, of which a few lines can unfold to gigabytes, is none of YAML's uses here.
+    """Refuse a file that is no recipe.
 
     Raises:
         ValueError: it is not YAML, holds something else than arguments, or has an alias. The file is named.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-        aliases = [event.anchor for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)]
-        content = None if aliases else yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"`--config {path}` is no recipe: {' '.join(str(error).split())[:300]}") from error
-    if aliases:
-        raise ValueError(f"`--config {path}` has the alias *{aliases[0]}: write the value out.")
-    if not isinstance(content, dict):
-        raise ValueError(f"`--config {path}` holds a {type(content).__name__}, but must hold `argument: value` lines.")
+        read_yaml(path)
+    except ValueError as error:
+        raise ValueError(f"`--config {path}` is no recipe: {error}") from error
     return path
 
 

@@ -1,10 +1,14 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """The page that diagnoses: drop images, move the threshold, take the maps with you."""
 
+import atexit
 import json
+import shutil
 import tempfile
+import time
 import zipfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import gradio as gr
@@ -19,6 +23,7 @@ from .looking import Detector, figures, heatmap
 
 
 MOST_IMAGES = 50  # at once
+KEPT_SECONDS = 600  # results, until they are copied
 HEADERS = ["image", "highest", "area", "artifact"]
 
 
@@ -128,9 +133,21 @@ def table_rows(facts: list[dict]) -> list[dict]:
     ]
 
 
+@cache
+def _results() -> Path:
+    """A folder that goes with this process."""
+    folder = tempfile.TemporaryDirectory(prefix="diffdoctor-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
 def write_results(images: list[Diagnosed], facts: list[dict], settings: dict) -> tuple[Path, Path]:
     """(ZIP of the maps, JSON of the figures), in a folder of their own. Maps are 8-bit gray, 255 = 1.0, of their images' sizes."""
-    folder = Path(tempfile.mkdtemp(prefix="diffdoctor-"))
+    top = _results()
+    for old in top.iterdir():  # gradio has copied them into its own cache, which it clears
+        if time.time() - old.stat().st_mtime > KEPT_SECONDS:
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(dir=top))
     names = [f"{number:03d}-{file_name(Path(one.name).stem)}.png" for number, one in enumerate(images)]
     with zipfile.ZipFile(folder / "maps.zip", "w") as archive:
         for name, one in zip(names, images):

@@ -308,8 +308,9 @@ class Loop:
             return found
         balance = read_json(self.of(number, "balance") / "balance.json")
         mined = read_json(self.of(number, "mined") / "stage.json")["counts"]["rows_out"]
-        prompts = read_json(self.of(number, "prompts") / "prompts.json") if balance["flagged"] else None
-        made = read_json(self.of(number, "synthesized") / "stage.json") if balance["flagged"] else None
+        asked = balance["flagged"] and self.settings.prompts is not None  # else what lies there is of earlier settings
+        prompts = read_json(self.of(number, "prompts") / "prompts.json") if asked else None
+        made = read_json(self.of(number, "synthesized") / "stage.json") if asked else None
         return found | {
             "images": balance["images"],
             "flagged": {group["name"]: group["flag"] for group in balance["categories"] if group["flag"]},

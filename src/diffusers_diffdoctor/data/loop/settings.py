@@ -7,11 +7,9 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ...files import read_yaml
 from ..shards import split_name
 
 
@@ -132,14 +130,8 @@ def read_settings(path: str | os.PathLike, output_dir: str | None = None) -> Loo
         ValueError: the file is no YAML, has an alias, or something that no loop has; it is named.
         OSError: it cannot be read.
     """
-    text = Path(path).read_text(encoding="utf-8")
     try:
-        aliases = [event.anchor for event in yaml.parse(text, yaml.SafeLoader) if isinstance(event, yaml.AliasEvent)]
-        if aliases:  # of which a few lines can unfold to gigabytes
-            raise ValueError(f"it has the alias *{aliases[0]}: write the value out")
-        content = yaml.safe_load(text)
-        if not isinstance(content, dict):
-            raise ValueError("it must hold `name: value` lines")
+        content = read_yaml(path)
         known = {one.name for one in dataclasses.fields(LoopSettings)}
         unknown = [str(name) for name in content if name not in known]
         if unknown:
@@ -148,8 +140,8 @@ def read_settings(path: str | os.PathLike, output_dir: str | None = None) -> Loo
         if missing:
             raise ValueError(f"`{missing[0]}` is missing")
         return LoopSettings(**content | ({"output_dir": output_dir} if output_dir else {}))
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"{str(path)!r}: {' '.join(str(error).split())[:500]}") from error
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from error
 
 
 def named(text: str) -> tuple[str, str]:
