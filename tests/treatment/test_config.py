@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 from trl import TrlParser
 
 from diffusers_diffdoctor import PixelRewardConfig
+from diffusers_diffdoctor.treatment import TreatmentConfig
 
 
 OWN_FIELDS = {field.name for field in dataclasses.fields(PixelRewardConfig)} - {
@@ -35,7 +36,8 @@ def test_everything_runs_on_a_cpu_by_default(tmp_path):
 
 
 def test_every_field_is_documented():
-    lists = re.findall(r"^ {4}(\w[\w, ]*) \(`", inspect.getdoc(PixelRewardConfig), re.M)
+    text = inspect.getdoc(TreatmentConfig) + inspect.getdoc(PixelRewardConfig)
+    lists = re.findall(r"^ {4}(\w[\w, ]*) \(`", text, re.M)
     documented = {name for names in lists for name in names.split(", ")}
     of_runs = {"overwrite_output_dir", "stop_grace", "push_timeout"}  # documented by `RunArguments`
     assert documented == OWN_FIELDS - of_runs | {"gradient_checkpointing"}

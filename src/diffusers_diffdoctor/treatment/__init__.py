@@ -10,6 +10,8 @@ import importlib
 _PUBLIC = {
     "PixelRewardConfig": "config",
     "PixelRewardTrainer": "trainer",
+    "TreatmentConfig": "config",
+    "TreatmentTrainer": "base",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -37,7 +37,7 @@ from safetensors.torch import load_file, save_file
 
 from ..files import write_atomically, written_atomically
 from ..names import shortened
-from .config import PixelRewardConfig
+from .config import TreatmentConfig
 
 
 LORA_FILE = "pytorch_lora_weights.safetensors"  # the name `pipe.load_lora_weights(folder)` looks for
@@ -107,7 +107,7 @@ def _check_targets(denoiser: torch.nn.Module, targets: Iterable[str], argument: 
 
 
 def add_lora(
-    pipeline: DiffusionPipeline, denoiser_name: str, args: PixelRewardConfig, peft_config: PeftConfig | None = None
+    pipeline: DiffusionPipeline, denoiser_name: str, args: TreatmentConfig, peft_config: PeftConfig | None = None
 ) -> PeftConfig:
     """Give the denoiser a trainable adapter in float32, and return its configuration: that of `args` without `peft_config`.
 
@@ -142,7 +142,7 @@ def add_lora(
     return peft_config
 
 
-def _lora_config(denoiser: torch.nn.Module, args: PixelRewardConfig, peft_config: PeftConfig | None) -> PeftConfig:
+def _lora_config(denoiser: torch.nn.Module, args: TreatmentConfig, peft_config: PeftConfig | None) -> PeftConfig:
     argument = "lora_target_modules" if peft_config is None else "peft_config.target_modules"
     targets = args.lora_target_modules if peft_config is None else getattr(peft_config, "target_modules", None)
     if targets is None:

@@ -1,5 +1,5 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
-"""The arguments of [`PixelRewardTrainer`]; the defaults are the paper's treatment of FLUX.1-schnell (arXiv 2501.12382)."""
+"""The arguments of treatment; the defaults are the paper's treatment of FLUX.1-schnell (arXiv 2501.12382)."""
 
 import json
 import math
@@ -18,9 +18,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 @dataclass
-class PixelRewardConfig(RunArguments):
+class TreatmentConfig(RunArguments):
     r"""
-    Configuration of the [`PixelRewardTrainer`].
+    What the configurations of all trainers that treat a pipeline have in common.
 
     It has only what is particular to treatment; everything else (batch size, steps, optimizer, schedule, logging,
     checkpoints, evaluation strategy, Hub) is a [`~transformers.TrainingArguments`], or a
@@ -32,8 +32,6 @@ class PixelRewardConfig(RunArguments):
 
         num_inference_steps (`int`, *optional*, defaults to `4`):
             Denoising steps of one image, at least 1 (paper: 4 for FLUX.1-schnell).
-        gradient_fraction (`float`, *optional*, defaults to `0.25`):
-            Share of the last denoising steps that carry gradient, in (0, 1]; at least one step always does (paper).
         height, width (`int`, *optional*):
             Size of the images in pixels. The pipeline's default without them.
         resolution (`int`, *optional*):
@@ -48,29 +46,22 @@ class PixelRewardConfig(RunArguments):
             `"float32"`, `"bfloat16"` or `"float16"`: the type in which a pipeline given by name is loaded. Follows the mixed
             precision by default. The trained LoRA weights are float32 in any case.
 
-        > Parameters that control the loss, `pixel_weight * sum(w_k * reward_k) + offline_weight * offline +
-        > drift_weight * drift`
+        > Parameters that control the rewards
 
         pixel_selection (`str`, *optional*, defaults to `"threshold"`):
             Which pixels of the artifact map are penalised: those above the threshold, all (`"mean"`) or the highest
             (`"max"`) (paper, section 3.3 and ablation).
         pixel_threshold (`float`, *optional*, defaults to `0.1`):
             The threshold, in [0, 1) (paper).
-        pixel_weight (`float`, *optional*, defaults to `1.0`):
-            Weight of the rewards' losses, at least 0.
         reward_weights (`list[float]`, *optional*):
             One weight for each reward function; 1 each without it.
-        offline_weight (`float`, *optional*, defaults to `0.25`):
-            Weight of the pipeline's own training loss on the regularization dataset, at least 0 (paper).
-        drift_weight (`float`, *optional*, defaults to `0.0`):
-            Weight of the mean squared difference that the adapter makes to the denoiser's prediction in the early steps, at
-            least 0 (ours). Above 0, seeds keep more of their own layout; every early step is also taken without the adapter.
-        offline_batch_size (`int`, *optional*):
-            Regularization images per device and step; `per_device_train_batch_size` without it.
+
+        > Parameters that control the pipeline's own training loss, where a trainer asks for it
+
         offline_sigmas (`str`, *optional*, defaults to `"logit_normal"`):
-            How the offline loss of flow models draws its noise level, or `"uniform"` (ours).
+            How the training loss of flow models draws its noise level, or `"uniform"` (ours).
         offline_guidance_scale (`float`, *optional*, defaults to `1.0`):
-            Embedded guidance of guidance-distilled models, such as FLUX.1-dev, in the offline loss (ours).
+            Embedded guidance of guidance-distilled models, such as FLUX.1-dev, in that loss (ours).
 
         > Parameters that control the adapter, when no `peft_config` is passed
 
@@ -123,10 +114,6 @@ class PixelRewardConfig(RunArguments):
 
     # --- the rollout
     num_inference_steps: int = field(default=4, metadata={"help": "Denoising steps of one image (paper: 4)."})
-    gradient_fraction: float = field(
-        default=0.25,
-        metadata={"help": "Share of the last denoising steps that carry gradient, in (0, 1] (paper: 0.25)."},
-    )
     height: int | None = field(default=None, metadata={"help": "Image height in pixels; default of the pipeline."})
     width: int | None = field(default=None, metadata={"help": "Image width in pixels; default of the pipeline."})
     resolution: int | None = field(default=None, metadata={"help": "Short for equal height and width."})
@@ -144,31 +131,21 @@ class PixelRewardConfig(RunArguments):
         metadata={"help": "float32, bfloat16 or float16 for a pipeline given by name; follows the mixed precision."},
     )
 
-    # --- the loss
+    # --- the rewards
     pixel_selection: str = field(
         default="threshold", metadata={"help": "Penalised pixels: threshold (paper), mean or max."}
     )
     pixel_threshold: float = field(default=0.1, metadata={"help": "Confidence that selects a pixel (paper: 0.1)."})
-    pixel_weight: float = field(default=1.0, metadata={"help": "Weight of the rewards' losses."})
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight for each reward function; 1 each without it."}
     )
-    offline_weight: float = field(
-        default=0.25, metadata={"help": "Weight of the training loss on the regularization dataset (paper: 0.25)."}
-    )
-    drift_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the difference from the untreated denoiser in the early steps (ours)."},
-    )
-    offline_batch_size: int | None = field(
-        default=None,
-        metadata={"help": "Regularization images per device and step; per_device_train_batch_size without it."},
-    )
+
+    # --- the pipeline's own training loss
     offline_sigmas: str = field(
-        default="logit_normal", metadata={"help": "Noise levels of the offline loss: logit_normal or uniform."}
+        default="logit_normal", metadata={"help": "Noise levels of the training loss: logit_normal or uniform."}
     )
     offline_guidance_scale: float = field(
-        default=1.0, metadata={"help": "Embedded guidance of guidance-distilled models in the offline loss."}
+        default=1.0, metadata={"help": "Embedded guidance of guidance-distilled models in the training loss."}
     )
 
     # --- the adapter
@@ -249,8 +226,6 @@ class PixelRewardConfig(RunArguments):
             self.width = self.width if self.width is not None else self.resolution
         if self.lora_alpha is None:
             self.lora_alpha = self.lora_rank
-        if self.offline_batch_size is None:
-            self.offline_batch_size = self.per_device_train_batch_size
         # The order of the prompts then hangs on the arguments alone, not on what drew random numbers before.
         if self.data_seed is None:
             self.data_seed = self.seed
@@ -270,24 +245,14 @@ class PixelRewardConfig(RunArguments):
             "eval_num_images",
         ):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("height", "width", "resolution", "max_sequence_length", "lora_alpha", "offline_batch_size"):
+        for name in ("height", "width", "resolution", "max_sequence_length", "lora_alpha"):
             value = getattr(self, name)
             _require(self, name, value is None or value >= 1, "at least 1, or left out")
-        for name in ("pixel_weight", "offline_weight", "drift_weight"):
-            _require(
-                self, name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "finite and at least 0"
-            )
         weights = self.reward_weights
         finite = weights is None or (
             len(weights) > 0 and all(math.isfinite(weight) and weight >= 0 for weight in weights)
         )
         _require(self, "reward_weights", finite, "a weight of at least 0 for each reward function")
-        _require(
-            self,
-            "gradient_fraction",
-            0 < self.gradient_fraction <= 1,
-            "in (0, 1]: without a step in the window nothing would be learnt",
-        )
         _require(self, "pixel_selection", self.pixel_selection in PIXEL_SELECTIONS, f"one of {PIXEL_SELECTIONS}")
         _require(self, "pixel_threshold", 0 <= self.pixel_threshold < 1, "in [0, 1)")
         _require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
@@ -314,13 +279,83 @@ class PixelRewardConfig(RunArguments):
         )
         if self.pipeline_kwargs is not None:
             self.pipeline_kwargs = _as_dict(self.pipeline_kwargs)
+
+
+@dataclass
+class PixelRewardConfig(TreatmentConfig):
+    r"""
+    Configuration of the [`PixelRewardTrainer`]: a [`~diffusers_diffdoctor.treatment.TreatmentConfig`] with what follows.
+
+    Parameters:
+        > Parameters that control where gradient flows
+
+        gradient_fraction (`float`, *optional*, defaults to `0.25`):
+            Share of the last denoising steps that carry gradient, in (0, 1]; at least one step always does (paper).
+
+        > Parameters that control the loss, `pixel_weight * sum(w_k * reward_k) + offline_weight * offline +
+        > drift_weight * drift`
+
+        pixel_weight (`float`, *optional*, defaults to `1.0`):
+            Weight of the rewards' losses, at least 0.
+        offline_weight (`float`, *optional*, defaults to `0.25`):
+            Weight of the pipeline's own training loss on the regularization dataset, at least 0 (paper).
+        drift_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of the mean squared difference that the adapter makes to the denoiser's prediction in the early steps, at
+            least 0 (ours). Above 0, seeds keep more of their own layout; every early step is also taken without the adapter.
+        offline_batch_size (`int`, *optional*):
+            Regularization images per device and step; `per_device_train_batch_size` without it.
+    """
+
+    # --- where gradient flows
+    gradient_fraction: float = field(
+        default=0.25,
+        metadata={"help": "Share of the last denoising steps that carry gradient, in (0, 1] (paper: 0.25)."},
+    )
+
+    # --- the loss
+    pixel_weight: float = field(default=1.0, metadata={"help": "Weight of the rewards' losses."})
+    offline_weight: float = field(
+        default=0.25, metadata={"help": "Weight of the training loss on the regularization dataset (paper: 0.25)."}
+    )
+    drift_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the difference from the untreated denoiser in the early steps (ours)."},
+    )
+    offline_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Regularization images per device and step; per_device_train_batch_size without it."},
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.offline_batch_size is None:
+            self.offline_batch_size = self.per_device_train_batch_size
+
+    def _check(self) -> None:
+        super()._check()
+        _require(
+            self,
+            "offline_batch_size",
+            self.offline_batch_size is None or self.offline_batch_size >= 1,
+            "at least 1, or left out",
+        )
+        for name in ("pixel_weight", "offline_weight", "drift_weight"):
+            _require(
+                self, name, math.isfinite(getattr(self, name)) and getattr(self, name) >= 0, "finite and at least 0"
+            )
+        _require(
+            self,
+            "gradient_fraction",
+            0 < self.gradient_fraction <= 1,
+            "in (0, 1]: without a step in the window nothing would be learnt",
+        )
         if self.pixel_weight == 0 and self.offline_weight == 0:
             raise ValueError(
                 "`pixel_weight` and `offline_weight` are both 0: nothing would be learnt. Raise one of them."
             )
 
 
-def _require(args: PixelRewardConfig, name: str, condition: bool, expected: str) -> None:
+def _require(args: TreatmentConfig, name: str, condition: bool, expected: str) -> None:
     if not condition:
         raise ValueError(f"`{name}` is {getattr(args, name)!r}, but must be {expected}.")
 

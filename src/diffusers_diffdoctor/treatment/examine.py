@@ -48,30 +48,35 @@ def diagnose_maps(maps: torch.Tensor, prefix: str = "") -> dict[str, torch.Tenso
 @torch.no_grad()
 def examine(
     generate: Callable[[list[str], list[int]], torch.Tensor],
-    reward: Callable[[torch.Tensor, Sequence[str]], RewardOutput],
+    reward: Callable[[torch.Tensor, Sequence[str]], RewardOutput] | None,
     judge: Any,
     prompts: Sequence[str],
     seeds: Sequence[int],
     batch_size: int,
     device: torch.device,
 ) -> list[Sample]:
-    """Generate and judge one image for each prompt and seed."""
+    """Generate and judge one image for each prompt and seed. Without a reward the map that is shown is the judge's."""
     samples = []
     for start in range(0, len(prompts), batch_size):
         batch, numbers = list(prompts[start : start + batch_size]), list(seeds[start : start + batch_size])
         images = generate(batch, numbers).to(device).float()
-        output = reward(images, batch)
-        figures = {"reward": output.score} | {f"rewards/{name}": score for name, score in output.parts.items()}
-        if output.map is not None:
-            figures |= diagnose_maps(output.map)
+        figures, maps = {}, None
+        if reward is not None:
+            output = reward(images, batch)
+            figures = {"reward": output.score} | {f"rewards/{name}": score for name, score in output.parts.items()}
+            maps = output.map
+        if maps is not None:
+            figures |= diagnose_maps(maps)
         if judge is not None:
-            figures |= diagnose_maps(judge.confidence(images), "judge_")
+            judged = judge.confidence(images)
+            figures |= diagnose_maps(judged, "judge_")
+            maps = judged if reward is None else maps
         samples += [
             Sample(
                 prompt=prompt,
                 seed=numbers[i],
                 image=images[i].cpu(),
-                map=None if output.map is None else output.map[i].float().cpu(),
+                map=None if maps is None else maps[i].float().cpu(),
                 figures={name: values[i].item() for name, values in figures.items()},
             )
             for i, prompt in enumerate(batch)

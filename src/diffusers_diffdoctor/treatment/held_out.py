@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from .config import PixelRewardConfig
+from .config import TreatmentConfig
 from .examine import Sample
 
 
@@ -25,7 +25,7 @@ class HeldOut:
     def __init__(
         self,
         prompts: Sequence[str],
-        args: PixelRewardConfig,
+        args: TreatmentConfig,
         examine: Callable[[list[str], list[int], bool], list[Sample]],
     ):
         self.prompts = [prompts[i % len(prompts)] for i in range(args.eval_num_images)]

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..rollout import DifferentiableRollout
 from ..rollout.call import decoders
-from .config import PixelRewardConfig
+from .config import TreatmentConfig
 
 
 # Shares of a graph that are kept where its blocks are checkpointed: for each block its input, beside the one block at work.
@@ -27,7 +27,7 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # GPUs; CPUs
 
 @contextmanager
 def memory_errors_explained(
-    args: PixelRewardConfig, rollout: DifferentiableRollout, doing: str, **kwargs
+    args: TreatmentConfig, rollout: DifferentiableRollout, doing: str, **kwargs
 ) -> Iterator[None]:
     """Context in which an error for want of memory also says what [`memory_advice`] says; the arguments are its."""
     try:
@@ -39,7 +39,7 @@ def memory_errors_explained(
         raise torch.OutOfMemoryError(f"{error}\n{memory_advice(args, rollout, doing, **kwargs)}") from error
 
 
-def memory_advice(args: PixelRewardConfig, rollout: DifferentiableRollout, doing: str, offline: bool = False) -> str:
+def memory_advice(args: TreatmentConfig, rollout: DifferentiableRollout, doing: str, offline: bool = False) -> str:
     """What would free the most memory, the most effective first, with estimates.
 
     Args:
@@ -60,7 +60,7 @@ def memory_advice(args: PixelRewardConfig, rollout: DifferentiableRollout, doing
     return "\n".join([f"The memory is full in {doing}. What would free the most here, by computation:", *lines])
 
 
-def _of_weights(args: PixelRewardConfig, rollout: DifferentiableRollout) -> Iterable[tuple[float, str]]:
+def _of_weights(args: TreatmentConfig, rollout: DifferentiableRollout) -> Iterable[tuple[float, str]]:
     parts = {name: part for name, part in rollout.pipeline.components.items() if isinstance(part, nn.Module)}
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder")]
     if not (args.cache_prompt_embeddings and args.free_text_encoders):
@@ -80,7 +80,7 @@ def _of_weights(args: PixelRewardConfig, rollout: DifferentiableRollout) -> Iter
 
 
 def _of_images(
-    args: PixelRewardConfig, rollout: DifferentiableRollout, doing: str, offline: bool
+    args: TreatmentConfig, rollout: DifferentiableRollout, doing: str, offline: bool
 ) -> Iterable[tuple[float, str]]:
     height, width = rollout.height, rollout.width
     half = f"half of {height} x {width} pixels (`resolution`, `height`, `width`; other images)"
@@ -92,8 +92,9 @@ def _of_images(
         yield (count - 1) * image, "`per_device_eval_batch_size=1` (the same images)"
         yield 3 / 4 * count * image, half
         return
-    count, others = args.per_device_train_batch_size, args.offline_batch_size if offline else 0
-    steps = args.num_inference_steps if args.drift_weight else rollout.gradient_steps
+    count, others = args.per_device_train_batch_size, getattr(args, "offline_batch_size", 0) if offline else 0
+    drift = getattr(args, "drift_weight", 0) > 0  # not every treatment has it
+    steps = args.num_inference_steps if drift else rollout.gradient_steps
     kept = DENOISER_KEPT if args.gradient_checkpointing else 1
     image = kept * steps * denoiser + (VAE_KEPT if args.vae_gradient_checkpointing else 1) * decoder
     accumulated = count * args.gradient_accumulation_steps
@@ -107,7 +108,7 @@ def _of_images(
         yield saved, "`gradient_checkpointing=True` (the same gradients)"
     if not args.vae_gradient_checkpointing:
         yield (1 - VAE_KEPT) * count * decoder, "`vae_gradient_checkpointing=True` (the same gradients)"
-    if args.drift_weight:
+    if drift:
         yield count * (steps - rollout.gradient_steps) * kept * denoiser, "`drift_weight=0` (another loss)"
     else:
         one = f"`gradient_fraction={1 / args.num_inference_steps:.3g}`, one step (another gradient)"
@@ -115,7 +116,7 @@ def _of_images(
     yield 3 / 4 * (count * image + others * kept * denoiser), half
 
 
-def _graphs(args: PixelRewardConfig, rollout: DifferentiableRollout) -> tuple[float, float]:
+def _graphs(args: TreatmentConfig, rollout: DifferentiableRollout) -> tuple[float, float]:
     """Bytes that a backward pass needs of one call of the denoiser and of the decoder for one image, without checkpoints."""
     pixels = rollout.height * rollout.width
     values = sum(

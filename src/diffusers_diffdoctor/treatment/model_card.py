@@ -22,7 +22,7 @@ from ..evaluation import to_pil
 from ..files import write_atomically
 from ..names import markdown
 from .adapter import loading_lines, scaling_call
-from .config import PixelRewardConfig
+from .config import TreatmentConfig
 from .examine import Sample
 
 
@@ -69,7 +69,7 @@ class Treatment:
             its picture are shown instead of those of the log.
     """
 
-    args: PixelRewardConfig
+    args: TreatmentConfig
     pipeline: DiffusionPipeline
     base: dict[str, str]
     size: tuple[int, int]
@@ -119,7 +119,11 @@ def write_model_card(
     )
     unused = () if treatment.offline else ("offline_weight",)
     unused += () if treatment.detector else ("pixel_selection", "pixel_threshold")
-    recipe = [(name, getattr(value := getattr(args, name), "value", value)) for name in RECIPE if name not in unused]
+    recipe = [
+        (name, getattr(value := getattr(args, name), "value", value))
+        for name in RECIPE
+        if hasattr(args, name) and name not in unused
+    ]
     recipe += [] if treatment.offline else [("offline loss", "left out")]
     recipe += [("height x width", f"{treatment.size[0]} x {treatment.size[1]} pixels")]
     targets = adapter.target_modules if isinstance(adapter.target_modules, str) else sorted(adapter.target_modules)
@@ -179,7 +183,7 @@ def _yaml(data: ModelCardData) -> str:
     return yaml.dump(data.to_dict(), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=math.inf).rstrip()
 
 
-def example_call(pipeline: DiffusionPipeline, args: PixelRewardConfig, size: tuple[int, int], prompt: str) -> str:
+def example_call(pipeline: DiffusionPipeline, args: TreatmentConfig, size: tuple[int, int], prompt: str) -> str:
     """The line of Python that draws as the LoRA was trained: its size, steps and guidance, where the pipeline takes them."""
     accepted = inspect.signature(pipeline.__call__).parameters
     settings = {

@@ -15,7 +15,7 @@ from ..loading import dtype_argument, errors_named
 from ..rewards import CombinedReward, RewardOutput
 from ..rollout import DifferentiableRollout
 from ..rollout.requirements import check_pipeline
-from .config import PixelRewardConfig
+from .config import TreatmentConfig
 from .quantization import check_quantization, quantization_config
 
 
@@ -78,7 +78,7 @@ def _from_pretrained(pipeline: str | os.PathLike, dtype: torch.dtype, quantizati
         raise ValueError(f"`pipeline` is {str(pipeline)!r}, which cannot be loaded: {error}") from error
 
 
-def build_reward(funcs: RewardFunc | list[RewardFunc], args: PixelRewardConfig) -> CombinedReward:
+def build_reward(funcs: RewardFunc | list[RewardFunc], args: TreatmentConfig) -> CombinedReward:
     """One function or several, with the weights and the pixel selection of the configuration."""
     funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
     selection = {"selection": args.pixel_selection, "threshold": args.pixel_threshold}
@@ -88,26 +88,26 @@ def build_reward(funcs: RewardFunc | list[RewardFunc], args: PixelRewardConfig) 
     return reward
 
 
-def build_rollout(pipeline: DiffusionPipeline, args: PixelRewardConfig) -> DifferentiableRollout:
-    """The pipeline's rollout as the configuration asks for it."""
+def build_rollout(pipeline: DiffusionPipeline, args: TreatmentConfig, **further: Any) -> DifferentiableRollout:
+    """The pipeline's rollout as the configuration asks for it, with `further` arguments of [`DifferentiableRollout`]."""
     rollout = DifferentiableRollout(
         pipeline,
         height=args.height,
         width=args.width,
         num_inference_steps=args.num_inference_steps,
-        gradient_fraction=args.gradient_fraction,
         guidance_scale=args.guidance_scale,
         max_sequence_length=args.max_sequence_length,
         pipeline_kwargs=args.pipeline_kwargs,
         offline_sigmas=args.offline_sigmas,
         offline_guidance_scale=args.offline_guidance_scale,
+        **further,
     )
     rollout.vae_gradient_checkpointing = args.vae_gradient_checkpointing
     return rollout
 
 
 def encode_prompts(
-    rollout: DifferentiableRollout, args: PixelRewardConfig, prompts: Sequence[str], offline: Sequence[str]
+    rollout: DifferentiableRollout, args: TreatmentConfig, prompts: Sequence[str], offline: Sequence[str]
 ) -> None:
     """Encode all prompts once, those of the offline loss too, then drop the text encoders: the denoiser comes after them."""
     if rollout.prompts.takes_device:
