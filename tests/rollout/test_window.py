@@ -16,7 +16,7 @@ from fixtures.pipelines import add_lora
 
 from diffusers_diffdoctor.rollout import DifferentiableRollout
 from diffusers_diffdoctor.rollout.drift import prediction_of
-from diffusers_diffdoctor.rollout.window import window_length
+from diffusers_diffdoctor.rollout.placement import window_length
 
 
 def graphs_of_calls(rollout, prompts=("a cat",), seeds=(0,)):

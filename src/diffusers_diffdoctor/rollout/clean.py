@@ -11,6 +11,7 @@ believes in, by one of three conventions:
 in the last two it says e, x_0, or v = a e - s x_0 with a^2 = 1 / (1 + s^2) where noise is added.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +70,17 @@ def clean_prediction(scheduler: Any, timestep: Any) -> CleanPrediction:
     raise ValueError(
         f"`pipeline` has a scheduler with the prediction type {kind!r}; known are epsilon, v_prediction, sample."
     )
+
+
+def noise_levels(scheduler: Any) -> list[tuple[float, float]]:
+    """(a, s) of x = a x_0 + s e for every step of a scheduler whose timesteps are set, and for the end."""
+    if is_flow(scheduler):
+        return [(1 - s, s) for s in scheduler.sigmas.tolist()]
+    if float(scheduler.init_noise_sigma) != 1.0:  # noise is added
+        return [(1.0, s) for s in scheduler.sigmas.tolist()]
+    products = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps]
+    products.append(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
+    return [(math.sqrt(product), math.sqrt(1 - product)) for product in products]
 
 
 def _sigma(scheduler: Any, timestep: Any) -> float:

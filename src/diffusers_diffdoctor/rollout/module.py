@@ -18,10 +18,11 @@ from .call import PipelineCall, decoders, for_each
 from .checkpointing import checked, refusal
 from .noise import SIGMA_SAMPLINGS
 from .output import decoded, own_images
+from .placement import Last, Placement
 from .prompts import RememberedPrompts
 from .requirements import check_pipeline, keep_float32
 from .training_loss import NotAvailable, TrainingLoss
-from .window import GradientWindow, refuse_cut_gradients, window_length
+from .window import GradientWindow, refuse_cut_gradients
 
 
 logger = logging.get_logger(__name__)
@@ -32,11 +33,13 @@ class RolloutOutput:
     """What one forward of [`DifferentiableRollout`] returns.
 
     Args:
-        images: (B, 3, H, W), float32 in [0, 1], with the graph of the gradient window.
+        images: (B, 3, H, W), float32 in [0, 1], with the graph of the chosen steps; (n * B, 3, H, W) where the placement takes
+            the last step n times, all images of the first time before those of the second.
         latents: what the last scheduler step returned, in the pipeline's own layout (packed for FLUX), with the same graph.
         prediction: what the denoiser says of the noised regularization images, (R, ...); None without them.
         target: what it should say, of the same shape.
         drift: (B,), how far the denoiser has left itself without its adapter in the early steps; None if not asked for.
+        repeats: n, how often the images hold each prompt.
     """
 
     images: torch.Tensor
@@ -44,6 +47,7 @@ class RolloutOutput:
     prediction: torch.Tensor | None = None
     target: torch.Tensor | None = None
     drift: torch.Tensor | None = None
+    repeats: int = 1
 
 
 class DifferentiableRollout(nn.Module):
@@ -72,6 +76,8 @@ class DifferentiableRollout(nn.Module):
         gradient_fraction (`float`, defaults to 0.25):
             Share of the scheduler's steps, counted from the last, that carry gradient, in (0, 1]. Rounded up to a whole step
             (arXiv 2501.12382 takes the last 25 % of 4 steps; rounding is ours). Known as DRaFT-K (arXiv 2309.17400).
+        placement ([`~diffusers_diffdoctor.rollout.Placement`], *optional*):
+            Another way to choose the steps that carry gradient, in place of `gradient_fraction`.
         guidance_scale (`float`, *optional*):
             Passed to the pipeline; the pipeline's default without it.
         max_sequence_length (`int`, *optional*):
@@ -88,7 +94,7 @@ class DifferentiableRollout(nn.Module):
     Attributes:
         denoiser (`nn.Module`): the pipeline's transformer or UNet.
         denoiser_name (`str`): `"transformer"` or `"unet"`.
-        gradient_steps (`int`): how many of `num_inference_steps` carry gradient, at least 1.
+        gradient_steps (`int`): how many steps' graphs are held at once, at most.
         height, width (`int`): size of the images in pixels.
 
     Raises:
@@ -104,6 +110,7 @@ class DifferentiableRollout(nn.Module):
         width: int | None = None,
         num_inference_steps: int = 4,
         gradient_fraction: float = 0.25,
+        placement: Placement | None = None,
         guidance_scale: float | None = None,
         max_sequence_length: int | None = None,
         pipeline_kwargs: Mapping[str, Any] | None = None,
@@ -114,13 +121,8 @@ class DifferentiableRollout(nn.Module):
         self.denoiser_name = check_pipeline(pipeline)
         if not num_inference_steps >= 1:
             raise ValueError(f"`num_inference_steps` is {num_inference_steps}, but must be at least 1.")
-        if not 0 < gradient_fraction <= 1:
-            why = (
-                "a gradient window of 0 steps trains nothing."
-                if gradient_fraction == 0
-                else "it is a share of the steps."
-            )
-            raise ValueError(f"`gradient_fraction` is {gradient_fraction}, but must lie in (0, 1]: {why}")
+        if placement is not None and not isinstance(placement, Placement):
+            raise TypeError(f"`placement` is a {type(placement).__name__}, but must be a `Placement`.")
         if offline_sigmas not in SIGMA_SAMPLINGS:
             raise ValueError(f"`offline_sigmas` is {offline_sigmas!r}, but must be one of {SIGMA_SAMPLINGS}.")
 
@@ -128,8 +130,9 @@ class DifferentiableRollout(nn.Module):
         self.pipeline = pipeline
         self.denoiser = getattr(pipeline, self.denoiser_name)
         self.call = PipelineCall(pipeline, self.denoiser_name)
-        self.num_inference_steps, self.gradient_fraction = num_inference_steps, gradient_fraction
-        self.gradient_steps = window_length(gradient_fraction, num_inference_steps)
+        self.num_inference_steps = num_inference_steps
+        self.placement = Last(gradient_fraction) if placement is None else placement
+        self.gradient_steps = self.placement.graphs(num_inference_steps)
         self.height, self.width = self.call.image_size(height, width)
         self.call_kwargs = self.call.arguments(
             given={"guidance_scale": guidance_scale, "max_sequence_length": max_sequence_length},
@@ -226,6 +229,7 @@ class DifferentiableRollout(nn.Module):
         regularization_seeds: Sequence[int] | None = None,
         regularization_latents: torch.Tensor | None = None,
         drift: bool = False,
+        placement_seed: int = 0,
     ) -> RolloutOutput:
         """
         Generate one image for each prompt and, with regularization images, the two sides of the offline loss.
@@ -242,6 +246,7 @@ class DifferentiableRollout(nn.Module):
             regularization_latents: in place of the images, what `encode_images` made of them.
             drift: also return the drift, see [`~diffusers_diffdoctor.rollout.drift.drift_step_weight`]; the denoiser must have
                 an adapter.
+            placement_seed: what a placement draws is drawn from it.
 
         Raises:
             ValueError: an argument that does not fit; a prompt that can no longer be encoded; a pipeline without offline loss.
@@ -260,7 +265,7 @@ class DifferentiableRollout(nn.Module):
                 f"`drift` compares the {self.denoiser_name} with itself without its adapter, but it has none: call "
                 f"pipeline.{self.denoiser_name}.add_adapter(...) first."
             )
-        output = self._generate(prompts, seeds, drift)
+        output = self._generate(prompts, seeds, drift, placement_seed)
         if not offline:
             return output
         if regularization_latents is None:
@@ -282,23 +287,34 @@ class DifferentiableRollout(nn.Module):
             [self._generate(prompts[i : i + batch_size], seeds[i : i + batch_size]).images.cpu() for i in batches]
         )
 
-    def _generate(self, prompts: list[str], seeds: list[int], drift: bool = False) -> RolloutOutput:
+    def _generate(
+        self, prompts: list[str], seeds: list[int], drift: bool = False, placement_seed: int = 0
+    ) -> RolloutOutput:
         """One call of the pipeline for the prompts that may share a batch; as a rule that is all."""
         with self._known(prompts, self.call_kwargs):
             groups = self.prompts.groups(prompts, self.call_kwargs)
             largest = max(groups, key=len)
             if len(largest) > 1 and not self._may_share([prompts[i] for i in largest], [seeds[i] for i in largest]):
                 groups = [[i] for i in range(len(prompts))]
-            parts = [self._run([prompts[i] for i in group], [seeds[i] for i in group], drift) for group in groups]
+            parts = [
+                self._run([prompts[i] for i in group], [seeds[i] for i in group], drift, placement_seed)
+                for group in groups
+            ]
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([i for group in groups for i in group]).argsort()
 
-        def together(name: str) -> torch.Tensor | None:
+        def together(name: str, repeats: int = 1) -> torch.Tensor | None:
             values = [getattr(part, name) for part in parts]
-            return None if values[0] is None else torch.cat(values)[order.to(values[0].device)]
+            if values[0] is None:
+                return None
+            values = [value.unflatten(0, (repeats, -1)) for value in values]
+            return torch.cat(values, dim=1)[:, order.to(values[0].device)].flatten(0, 1)
 
-        return RolloutOutput(together("images"), together("latents"), drift=together("drift"))
+        repeats = parts[0].repeats
+        return RolloutOutput(
+            together("images", repeats), together("latents", repeats), drift=together("drift"), repeats=repeats
+        )
 
     def _may_share(self, prompts: list[str], seeds: list[int]) -> bool:
         """Whether the denoiser is asked the same of an image in a batch and alone. Looked at once, in its first call."""
@@ -325,12 +341,12 @@ class DifferentiableRollout(nn.Module):
                 logger.warning(f"{type(self.pipeline).__name__} draws images one by one: {why}.")
         return self._shares
 
-    def _run(self, prompts: list[str], seeds: list[int], drift: bool) -> RolloutOutput:
+    def _run(self, prompts: list[str], seeds: list[int], drift: bool, placement_seed: int) -> RolloutOutput:
         name = type(self.pipeline).__name__
         also = (
             (lambda step, total: drifting.drift_step_weight(step, total) > 0) if drift else lambda step, total: False
         )
-        window = GradientWindow(self.pipeline.scheduler, self.gradient_fraction, self._steps, also)
+        window = GradientWindow(self.pipeline.scheduler, self.placement, placement_seed, seeds, self._steps, also)
         # CPU generators give the same noise on every device
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         first = torch.is_grad_enabled() and not self._checked
@@ -354,14 +370,20 @@ class DifferentiableRollout(nn.Module):
             raise ValueError(
                 f"{name} does not call the `step` of its scheduler, so no steps can be chosen for gradient."
             )
-        if (
-            window.finished != window.total
-        ):  # the pipeline takes other steps than its scheduler lists: now they are counted
+        if not window.wanted:
             self._steps = window.finished
-            if torch.is_grad_enabled():
-                return self._run(prompts, seeds, drift)
-        size = (self.height, self.width)
-        images = own_images(returned, pixels[-1] if pixels else window.latents, size, len(prompts), name)
+        elif window.finished != window.expected:  # the pipeline takes other steps than its scheduler lists
+            if self._steps is not None:
+                raise ValueError(
+                    f"{name} took {window.finished} steps where {window.expected} were expected: a placement by "
+                    f"{type(self.placement).__name__} cannot be had with it. Use another `gradient_placement`."
+                )
+            with torch.no_grad():
+                self._run(prompts, seeds, False, placement_seed)  # to count them
+            return self._run(prompts, seeds, drift, placement_seed)
+        size, repeats = (self.height, self.width), 1 + window.expected - window.total
+        drawn = pixels[-1] if pixels else window.latents
+        images = own_images(returned, drawn, size, len(prompts) * repeats, name)
         trained = any(parameter.requires_grad for parameter in self.denoiser.parameters())
         if torch.is_grad_enabled() and trained and not images.requires_grad:
             raise ValueError(
@@ -369,7 +391,10 @@ class DifferentiableRollout(nn.Module):
                 "its __call__ switches gradients off."
             )
         return RolloutOutput(
-            images, window.latents, drift=drifting.drift(self.denoiser, calls, len(prompts)) if drift else None
+            images,
+            window.latents,
+            drift=drifting.drift(self.denoiser, calls, len(prompts)) if drift else None,
+            repeats=repeats,
         )
 
     @contextmanager

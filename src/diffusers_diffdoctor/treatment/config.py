@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..rollout.placement import Placement, placement_of
 from ..training import RunArguments
 
 
@@ -278,7 +279,7 @@ class TreatmentConfig(RunArguments):
             f"one of {QUANTIZATIONS}, or left out",
         )
         if self.pipeline_kwargs is not None:
-            self.pipeline_kwargs = _as_dict(self.pipeline_kwargs)
+            self.pipeline_kwargs = _as_dict("pipeline_kwargs", self.pipeline_kwargs, "arguments of the pipeline")
 
 
 @dataclass
@@ -291,6 +292,13 @@ class PixelRewardConfig(TreatmentConfig):
 
         gradient_fraction (`float`, *optional*, defaults to `0.25`):
             Share of the last denoising steps that carry gradient, in (0, 1]; at least one step always does (paper).
+        gradient_placement (`str`, *optional*, defaults to `"last"`):
+            Which steps carry gradient: `"last"`, those of `gradient_fraction` (paper; DRaFT-K); `"refl"`, one of them drawn anew
+            for each update (ReFL); `"alignprop"`, a window at the end of random length, up to them (AlignProp); `"draft_lv"`, the
+            last one, taken again from fresh noise (DRaFT-LV); `"sparse"`, some of all, each alone (FlowBP-Sparse); `"leap"`, two of
+            all, which leap to the image (LeapAlign). See the page "Where gradient flows".
+        gradient_placement_kwargs (`dict` or JSON `str`, *optional*):
+            What the placement takes, such as `{"steps": 3}`.
 
         > Parameters that control the loss, `pixel_weight * sum(w_k * reward_k) + offline_weight * offline +
         > drift_weight * drift`
@@ -312,6 +320,14 @@ class PixelRewardConfig(TreatmentConfig):
         metadata={"help": "Share of the last denoising steps that carry gradient, in (0, 1] (paper: 0.25)."},
     )
 
+    gradient_placement: str = field(
+        default="last",
+        metadata={"help": "Which steps carry gradient: last (paper), refl, alignprop, draft_lv, sparse or leap."},
+    )
+    gradient_placement_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'What the placement takes, as JSON: {"steps": 3}.'}
+    )
+
     # --- the loss
     pixel_weight: float = field(default=1.0, metadata={"help": "Weight of the rewards' losses."})
     offline_weight: float = field(
@@ -325,6 +341,11 @@ class PixelRewardConfig(TreatmentConfig):
         default=None,
         metadata={"help": "Regularization images per device and step; per_device_train_batch_size without it."},
     )
+
+    @property
+    def placement(self) -> Placement:
+        """Which steps carry gradient."""
+        return placement_of(self.gradient_placement, self.gradient_fraction, self.gradient_placement_kwargs)
 
     def __post_init__(self):
         super().__post_init__()
@@ -349,6 +370,11 @@ class PixelRewardConfig(TreatmentConfig):
             0 < self.gradient_fraction <= 1,
             "in (0, 1]: without a step in the window nothing would be learnt",
         )
+        if self.gradient_placement_kwargs is not None:
+            self.gradient_placement_kwargs = _as_dict(
+                "gradient_placement_kwargs", self.gradient_placement_kwargs, "what the placement takes"
+            )
+        self.placement  # noqa: B018 (refuses what it cannot take)
         if self.pixel_weight == 0 and self.offline_weight == 0:
             raise ValueError(
                 "`pixel_weight` and `offline_weight` are both 0: nothing would be learnt. Raise one of them."
@@ -360,11 +386,11 @@ def _require(args: TreatmentConfig, name: str, condition: bool, expected: str) -
         raise ValueError(f"`{name}` is {getattr(args, name)!r}, but must be {expected}.")
 
 
-def _as_dict(value: dict[str, Any] | str) -> dict[str, Any]:
+def _as_dict(name: str, value: dict[str, Any] | str, what: str) -> dict[str, Any]:
     try:
         parsed = json.loads(value) if isinstance(value, str) else value
     except json.JSONDecodeError as error:
-        raise ValueError(f"`pipeline_kwargs` is {value!r}, which is not JSON: {error}.") from error
+        raise ValueError(f"`{name}` is {value!r}, which is not JSON: {error}.") from error
     if not isinstance(parsed, dict):
-        raise ValueError(f"`pipeline_kwargs` is {value!r}, but must be a dictionary of arguments of the pipeline.")
+        raise ValueError(f"`{name}` is {value!r}, but must be a dictionary of {what}.")
     return parsed

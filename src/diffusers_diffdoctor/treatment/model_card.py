@@ -29,6 +29,8 @@ from .examine import Sample
 RECIPE = (
     "num_inference_steps",
     "gradient_fraction",
+    "gradient_placement",
+    "gradient_placement_kwargs",
     "guidance_scale",
     "pixel_selection",
     "pixel_threshold",

@@ -144,7 +144,7 @@ class PixelRewardTrainer(TreatmentTrainer):
             )
 
     def build_rollout(self, args: PixelRewardConfig) -> DifferentiableRollout:
-        return build_rollout(self.pipeline, args, gradient_fraction=args.gradient_fraction)
+        return build_rollout(self.pipeline, args, placement=args.placement)
 
     def offline_prompts(self) -> list[str]:
         return [] if self.regularization is None else self.regularization.prompts
@@ -163,8 +163,8 @@ class PixelRewardTrainer(TreatmentTrainer):
         offline = args.offline_batch_size * args.gradient_accumulation_steps * self.accelerator.num_processes
         return (
             f"Treatment of {self.base['pipeline'] or 'a loaded pipeline'} ({self.base['pipeline_class']}): {num_prompts} "
-            f"prompts, {update} images of {self.rollout.height}x{self.rollout.width} pixels{why} per update, gradient through the last "
-            f"{self.rollout.gradient_steps} of {args.num_inference_steps} steps, "
+            f"prompts, {update} images of {self.rollout.height}x{self.rollout.width} pixels{why} per update, gradient through "
+            f"{self.rollout.placement.describe(args.num_inference_steps)}, "
             f"{offline if self.regularization is not None else 0} regularization images per update, "
             f"{count:,} trained weights in {len(self.trained_parameters)} tensors."
         )
@@ -177,6 +177,9 @@ class PixelRewardTrainer(TreatmentTrainer):
         for batch, block in zip(batches, self.blocks(len(batches))):
             start = block * self.args.offline_batch_size
             batch["offline_position"] = list(range(start, start + self.args.offline_batch_size))
+            # the same for all processes, as for one that takes all of their samples
+            number = block // self.accelerator.num_processes
+            batch["placement_seed"] = derive_seed(self.args.seed, "placement", number)
         return batches, count
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -185,11 +188,18 @@ class PixelRewardTrainer(TreatmentTrainer):
         args, prompts = self.args, inputs["prompt"]
         seeds = [derive_seed(args.seed, "rollout", position) for position in inputs["position"]]
         regularization = self._regularization_batch(inputs["offline_position"])
-        rollout = model(prompts=prompts, seeds=seeds, drift=args.drift_weight > 0, **regularization)
+        rollout = model(
+            prompts=prompts,
+            seeds=seeds,
+            drift=args.drift_weight > 0,
+            placement_seed=inputs["placement_seed"],
+            **regularization,
+        )
+        shown, drawn_from = prompts * rollout.repeats, seeds * rollout.repeats
         with torch.set_grad_enabled(args.pixel_weight > 0):  # else it is for the log only, and needs no gradient
-            reward = self.reward(rollout.images.float(), prompts)
-        self.stop_if_not_finite("pixel", reward.loss, prompts, seeds)
-        loss = args.pixel_weight * self.share_of_mean(reward.loss, num_items_in_batch)
+            reward = self.reward(rollout.images.float(), shown)
+        self.stop_if_not_finite("pixel", reward.loss, shown, drawn_from)
+        loss = args.pixel_weight * self.share_of_mean(reward.loss / rollout.repeats, num_items_in_batch)
         metrics = {"loss/pixel": reward.loss, "reward": reward.score}
         if rollout.drift is not None:
             self.stop_if_not_finite("drift", rollout.drift, prompts, seeds)
