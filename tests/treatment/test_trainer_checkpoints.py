@@ -28,6 +28,7 @@ RUN = {
     "max_steps": 5,
     "gradient_accumulation_steps": 2,
     "lora_dropout": 0.3,
+    "gradient_placement": "sparse",
     "ema_decay": 0.9,
     "lr_scheduler_type": "cosine",
     "save_strategy": "steps",

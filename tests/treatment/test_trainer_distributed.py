@@ -36,11 +36,12 @@ import torch
 from fixtures.trainer import lora_of, scatter, tiny_detector, tiny_trainer
 from test_trainer_distributed import PARTS, RUN
 
+RUN |= {"gradient_placement": sys.argv[2]}
 trainer = tiny_trainer(sys.argv[1], parts=PARTS | {"judge": tiny_detector(7)}, per_device_train_batch_size=1, **RUN)
 assert trainer.accelerator.num_processes == 2 and torch.distributed.get_backend() == "gloo"
 scatter(trainer)
 start = lora_of(trainer)
-trainer.train(*sys.argv[2:])
+trainer.train(*sys.argv[3:])
 trainer.save_model()
 result = {"start": start, "end": lora_of(trainer), "log": trainer.state.log_history}
 torch.save(result, f"{sys.argv[1]}/rank-{trainer.args.process_index}.pt")
@@ -48,28 +49,33 @@ trainer.accelerator.end_training()
 """
 
 
-def launch(folder, *arguments):
+def launch(folder, placement, *arguments):
     # the processes import the package from where this one does, wherever another one is installed
     paths = os.pathsep.join([str(TESTS), str(TESTS / "treatment"), *sys.path])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     (folder / "process.py").write_text(PROCESS)
     # what `accelerate launch` calls on GPUs; on CPUs it would ask for MPI
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += [str(folder / "process.py"), str(folder / "run"), *arguments]
+    command += [str(folder / "process.py"), str(folder / "run"), placement, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-4000:]
     return [torch.load(folder / f"run/rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distributed")
-    ranks = launch(folder)
-    one = tiny_trainer(folder / "one", parts=PARTS | {"judge": tiny_detector(7)}, per_device_train_batch_size=2, **RUN)
+@pytest.fixture(
+    scope="module",
+    params=["last", pytest.param("sparse", marks=pytest.mark.slow), pytest.param("draft_lv", marks=pytest.mark.slow)],
+)
+def both(tmp_path_factory, request):
+    """Two processes and one, with gradient in the last steps, in steps drawn at random, and with noise drawn again."""
+    folder, run = tmp_path_factory.mktemp("distributed"), RUN | {"gradient_placement": request.param}
+    ranks = launch(folder, request.param)
+    one = tiny_trainer(folder / "one", parts=PARTS | {"judge": tiny_detector(7)}, per_device_train_batch_size=2, **run)
     scatter(one)
     start = lora_of(one)
     one.train()
-    return folder, ranks, {"start": start, "end": lora_of(one), "log": one.state.log_history}
+    result = {"start": start, "end": lora_of(one), "log": one.state.log_history}
+    return folder, ranks, result | {"placement": request.param}
 
 
 def test_two_processes_make_the_update_of_one_with_twice_the_batch(both):
@@ -100,9 +106,9 @@ def test_the_log_is_that_of_one_process(both):
 
 @pytest.mark.slow
 def test_two_processes_resume(both):
-    folder, ranks, _ = both
+    folder, ranks, one = both
     checkpoint = folder / "run/checkpoint-2"
     assert {"rng_state_0.pth", "rng_state_1.pth", "optimizer.pt"} <= {path.name for path in checkpoint.iterdir()}
-    resumed = launch(folder, str(checkpoint))
+    resumed = launch(folder, one["placement"], str(checkpoint))
     for name, value in ranks[0]["end"].items():
         assert torch.equal(resumed[0]["end"][name], value)

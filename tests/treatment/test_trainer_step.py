@@ -185,9 +185,11 @@ def test_options_of_gradient_checkpointing_are_refused(tmp_path):
         tiny_trainer(tmp_path, max_steps=1, **options).train()
 
 
-def test_every_image_scores_better_after_treatment(tmp_path):
+@pytest.mark.parametrize("placement", ["last", "refl", "alignprop", "draft_lv", "sparse", "leap"])
+def test_every_image_scores_better_after_treatment(tmp_path, placement):
     parts = {"reward_funcs": redness, "regularization_dataset": None}
-    trainer = tiny_trainer(tmp_path, parts=parts, max_steps=20, gradient_fraction=1.0, learning_rate=5e-2)
+    where = {"gradient_fraction": 1.0, "gradient_placement": placement}
+    trainer = tiny_trainer(tmp_path, parts=parts, max_steps=20, learning_rate=5e-2, **where)
     seeds = list(range(4))
     before = redness(trainer.generate(PROMPTS[:4], seeds), None)
     trainer.train()

@@ -57,6 +57,8 @@ class GradientWindow:
         self._said: list[Any] = []  # by the denoiser, in the step whose belief is the image
         self._asked = 0  # how often the denoiser was asked since
         self._again: list[torch.Tensor] = []  # clean latents, of each time that the last step was taken
+        self._timesteps: torch.Tensor | None = None  # of the scheduler, where the loop was given more
+        self._last_level = (0.0, 1.0)  # how the last step's latents are made of image and noise
         self._landing: torch.Tensor | None = None  # of the leap under way
         self._distances: list[torch.Tensor] = []  # of the leaps' ends from the true latents, (B,)
 
@@ -162,8 +164,12 @@ class GradientWindow:
             return Passed((given["sample"],) * 2)
         if number == steps.image_of != self.total - 1:
             return Passed((self._belief(given),) * 2)
-        if steps.repeats > 1 and number >= self.total - 1:
-            return self._repeated(step, call)
+        if steps.repeats > 1:
+            self.scheduler.timesteps = (
+                self._timesteps
+            )  # the loop has those it goes through; the scheduler looks for its last one
+            if number >= self.total - 1:
+                return self._repeated(step, call)
         if steps.leap is not None:
             return self._leaping(step, call)
         # a prediction of `also` carries gradient for its own sake; and before the first step nothing does
@@ -204,7 +210,7 @@ class GradientWindow:
         if more:
             if hasattr(scheduler, "set_begin_index"):
                 scheduler.set_begin_index(0)  # else the first of equal timesteps is looked up
-            timesteps = scheduler.timesteps
+            timesteps = self._timesteps = scheduler.timesteps
             scheduler.timesteps = torch.cat([timesteps, timesteps[-1:].expand(more, *timesteps.shape[1:])])
 
     def _repeated(self, step: Callable, call: inspect.BoundArguments) -> Passed:
