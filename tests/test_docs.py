@@ -101,7 +101,7 @@ def test_commands_exist_and_take_these_arguments(page):
     for line in lines:
         # the same arguments, whatever starts the processes
         line = re.sub(
-            r"^(accelerate launch|python) .*?(-m diffusers_diffdoctor\.cli\.treat|examples/treat_\w+\.py)",
+            r"^(accelerate launch|python) .*?(-m diffusers_diffdoctor\.cli\.treat|examples/(?:dreambooth_treat|treat_\w+)\.py)",
             "diffdoctor treat",
             line,
         )

@@ -15,6 +15,7 @@ from diffusers_diffdoctor.cli import treat
 from diffusers_diffdoctor.cli.training import Parser
 from diffusers_diffdoctor.cli.treat import ScriptArguments, parse, read_inputs, read_prompts
 from diffusers_diffdoctor.miniature.renderer import CATEGORIES, PLAIN_CATEGORIES, PRONE_CATEGORIES
+from diffusers_diffdoctor.treatment import TreatmentConfig
 
 
 # --- arguments ---------------------------------------------------------------------------------------------------------------
@@ -33,6 +34,7 @@ def test_help_groups_paper_release_and_ours(capsys):
         "learning_rate",
         "num_inference_steps",
         "gradient_fraction",
+        "gradient_placement",
         "pixel_selection",
         "pixel_threshold",
         "offline_weight",
@@ -42,7 +44,7 @@ def test_help_groups_paper_release_and_ours(capsys):
     assert release == {"per_device_train_batch_size"}
     assert {"drift_weight", "ema_decay", "eval_seed", "lr_scheduler_type"} <= ours
     assert {"optim", "seed", "max_steps", "push_to_hub"} <= theirs and "config" in flags["options"]
-    assert set(PixelRewardConfig.__annotations__) <= paper | release | ours
+    assert set(PixelRewardConfig.__annotations__) | set(TreatmentConfig.__annotations__) <= paper | release | ours
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ import pytest
 import torch
 import yaml
 from fixtures.classic_pipelines import tiny_kolors
-from fixtures.pipelines import tiny_flux, tiny_sdxl
+from fixtures.pipelines import add_lora, tiny_flux, tiny_sdxl
 from fixtures.trainer import photos, tiny_detector
 
 from diffusers_diffdoctor.cli.treat import RECIPES
+from diffusers_diffdoctor.rollout import DifferentiableRollout
+from diffusers_diffdoctor.treatment.adapter import save_lora
 
 
 ROOT = Path(__file__).parents[2]
@@ -94,6 +96,38 @@ def test_treat_sdxl_and_kolors_with_their_recipes(folder, example, build, monkey
         assert used[name] == recipe[name], name
     log = json.loads((folder / "out/report.json").read_text())["training_log"]
     assert any(entry.get("loss/offline", 0) > 0 for entry in log)
+
+
+def test_a_personalised_pipeline_is_treated_on_its_instance_prompt(folder, monkeypatch):
+    """Held out are other places; and the printed lines draw what was treated, upon the LoRA that it wears."""
+    monkeypatch.chdir(folder)
+    tiny_sdxl().save_pretrained("pipeline")
+    personal = tiny_sdxl()
+    add_lora(personal)
+    save_lora(personal, "unet", "dog")
+    command = "dreambooth_treat.py --pipeline pipeline --base_lora dog --detector detector --output_dir out --use_cpu"
+    command += (
+        " --resolution 32 --num_inference_steps 2 --max_steps 1 --eval_strategy no --report_images 2 --lora_rank 2"
+    )
+    command += (
+        " --learning_rate 0.1 --optim adamw_torch --gradient_accumulation_steps 1 --report_to none --save_strategy no"
+    )
+    monkeypatch.setattr(sys, "argv", [*command.split(), "--instance_prompt", "a sks dog"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(EXAMPLES / "dreambooth_treat.py"), run_name="__main__")
+    assert end.value.code == 0
+    report = json.loads((folder / "out/report.json").read_text())
+    prompts = [image["prompt"] for image in report["images"]]
+    assert len(set(prompts)) == 2 and all(prompt.startswith("a sks dog ") for prompt in prompts)
+    page = (folder / "out/README.md").read_text()
+    assert "pipe.fuse_lora(lora_scale=1)" in page and "| `base_lora` | dog |" in page
+    loading, _, call = report["loading_code"].rpartition("\n")
+    exec(loading, loaded := {})
+    assert loaded["pipe"].get_active_adapters() and prompts[0] in call
+    after = DifferentiableRollout(loaded["pipe"], height=32, width=32, num_inference_steps=2, guidance_scale=5.0)
+    image = after.generate(prompts[:1], [report["images"][0]["seed"]])
+    found = tiny_detector(0).confidence(image).max().item()
+    assert found == pytest.approx(report["images"][0]["detector"]["after"], abs=1e-4)
 
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)

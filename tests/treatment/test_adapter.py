@@ -19,6 +19,7 @@ from diffusers_diffdoctor.treatment.adapter import (
     load_lora,
     loading_lines,
     lora_files,
+    merge_lora,
     save_lora,
 )
 
@@ -223,6 +224,33 @@ def test_the_printed_lines_draw_what_the_treated_pipeline_draws(tmp_path, name):
     assert type(plain) is type(pipeline)
     assert torch.allclose(draw(plain, tiny), treated, atol=CHAOS if name == "Kandinsky3Pipeline" else ROUNDING)
     assert (treated - base).abs().mean() > 1e-3
+
+
+def test_a_lora_upon_a_merged_lora(tmp_path):
+    """What is treated wears the first; the printed lines merge it again."""
+    tiny = TINY["FluxPipeline"]
+    personal = tiny.build()
+    base = draw(personal, tiny)
+    with_lora(personal, tmp_path, lora_rank=2)
+    worn = draw(personal, tiny)
+    save_lora(personal, "transformer", tmp_path / "dog")
+    pipeline = tiny.build()
+    merge_lora(pipeline, str(tmp_path / "dog"))
+    assert not pipeline.get_active_adapters()
+    assert torch.allclose(draw(pipeline, tiny), worn, atol=ROUNDING) and (worn - base).abs().mean() > 1e-3
+    with_lora(pipeline, tmp_path, lora_rank=3)
+    treated = draw(pipeline, tiny)
+    save_lora(pipeline, "transformer", tmp_path / "lora")
+    plain = load_as_printed(tiny, pipeline, tmp_path, base_lora=str(tmp_path / "dog"))
+    assert torch.allclose(draw(plain, tiny), treated, atol=ROUNDING) and (treated - worn).abs().mean() > 1e-3
+
+
+def test_a_lora_that_cannot_be_merged_is_refused(tmp_path):
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"`base_lora` is .*none', which this FluxPipeline cannot load"):
+        merge_lora(TINY["FluxPipeline"].build(), str(tmp_path / "none"))
+    with pytest.raises(ValueError, match="a PixArtAlphaPipeline loads no LoRA itself"):
+        merge_lora(tiny_pixart(), str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("name", FORMS)

@@ -51,7 +51,10 @@ def test_every_field_is_documented():
         ({"gradient_fraction": 0.0}, "`gradient_fraction` is 0.0.*nothing would be learnt"),
         ({"gradient_fraction": 1.5}, "`gradient_fraction` is 1.5"),
         ({"gradient_placement": "first"}, "`gradient_placement` is 'first', but must be one of"),
-        ({"gradient_placement": "sparse", "gradient_placement_kwargs": "{"}, "`gradient_placement_kwargs` is .*not JSON"),
+        (
+            {"gradient_placement": "sparse", "gradient_placement_kwargs": "{"},
+            "`gradient_placement_kwargs` is .*not JSON",
+        ),
         ({"gradient_placement_kwargs": {"steps": 2}}, "which 'last' does not take"),
         ({"num_inference_steps": 0}, "`num_inference_steps` is 0, but must be at least 1"),
         ({"pixel_selection": "median"}, "`pixel_selection` is 'median', but must be one of"),

@@ -17,6 +17,7 @@ KINDS = {
     "model": "config.json",
     "pipeline": "model_index.json",
     "dataset": "README.md",
+    "LoRA": "pytorch_lora_weights.safetensors",
 }  # and a file that each kind has
 
 

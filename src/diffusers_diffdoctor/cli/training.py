@@ -70,7 +70,9 @@ class Parser(TrlParser):
         """The group of an argument, by what its help says of the default."""
         if field.name in self._script.__annotations__:
             return "run"
-        if field.name in TrainingArguments.__dataclass_fields__ and field.name not in self._config.__annotations__:
+        ours = [kind for kind in self._config.__mro__ if issubclass(kind, RunArguments)]
+        given_anew = any(field.name in vars(kind).get("__annotations__", {}) for kind in ours)
+        if field.name in TrainingArguments.__dataclass_fields__ and not given_anew:
             return "transformers"
         named = re.search(r"\b(paper|release)\b", field.metadata.get("help", ""))
         return named.group(1) if named else "ours"

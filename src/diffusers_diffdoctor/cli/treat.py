@@ -39,6 +39,7 @@ from .training import Parser, recipes_in, resume_point
 
 RECIPES = Path(__file__).parents[1] / "treatment/recipes"
 PROMPTS = RECIPES / "prompts.txt"
+PLACES = RECIPES / "places.txt"
 
 
 @dataclass
@@ -68,6 +69,13 @@ class ScriptArguments:
     regularization_dataset: str | None = field(
         default=None, metadata={"help": "Images with prompts to stay close to: an image folder or a data set."}
     )
+    instance_prompt: str | None = field(
+        default=None,
+        metadata={
+            "help": "The prompt of a LoRA of one person or thing (base_lora), in place of --prompts: it alone is trained on, "
+            "and held out is the same in other places, unless --eval_prompts names others."
+        },
+    )
     prompt_column: str = field(
         default="prompt",
         metadata={
@@ -95,6 +103,11 @@ class ScriptArguments:
     def __post_init__(self):
         if self.report_images < 0:
             raise ValueError(f"`--report_images` is {self.report_images}, but must be at least 0: 0 for no report.")
+        if self.instance_prompt is not None and (self.prompts is not None or not self.instance_prompt.strip()):
+            raise ValueError(
+                f"`--instance_prompt` is {self.instance_prompt!r} with `--prompts` {self.prompts!r}: give one of them, a text or a "
+                "file of texts."
+            )
         if self.split not in ("final", "development"):
             raise ValueError(f"`--split` is {self.split!r}, but must be final or development.")
         if self.split == "development" and self.pipeline != "miniature":
@@ -165,7 +178,9 @@ def read_inputs(script: ScriptArguments, say: Callable[[str], None] = print) -> 
         if getattr(script, argument) is not None:
             check_data_is_there(getattr(script, argument), f"--{argument}")
     prompts = None
-    if script.prompts is not None or script.eval_prompts is not None or not own:
+    if script.instance_prompt is not None:
+        prompts = read_instance_prompts(script)
+    elif script.prompts is not None or script.eval_prompts is not None or not own:
         prompts = read_prompts(script, say)
     photos = script.regularization_dataset
     read_photos = partial(read_rows, photos, "--regularization_dataset", script.prompt_column, images=True)
@@ -253,6 +268,16 @@ def read_prompts(script: ScriptArguments, say: Callable[[str], None] = print) ->
     return prompts, held_out
 
 
+def read_instance_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset]:
+    """The instance prompt to train on, and what to evaluate on."""
+    if script.eval_prompts is not None:
+        held_out = read_rows(script.eval_prompts, "--eval_prompts", script.prompt_column)
+    else:
+        places = read_prompt_file(str(PLACES))["prompt"]
+        held_out = Dataset.from_dict({"prompt": [f"{script.instance_prompt} {place}" for place in places]})
+    return Dataset.from_dict({"prompt": [script.instance_prompt]}), held_out
+
+
 def prone_prompts(split: str) -> Dataset:
     """The miniature's prompts that show artifacts, which is what is treated."""
     from ..miniature.renderer import PRONE_CATEGORIES
@@ -304,6 +329,8 @@ def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = N
     try:
         script, args = parse(argv, pipeline, recipe, prog or "diffdoctor treat")
         resume = resume_point(args, PixelRewardTrainer)
+        if args.base_lora is not None and not Path(args.base_lora).exists():
+            check_reachable(args.base_lora, "--base_lora", "LoRA")
         inputs = read_inputs(script, say=print if args.process_index == 0 else lambda text: None)
         trainer = PixelRewardTrainer(
             pipeline=inputs.pipeline,
@@ -386,6 +413,8 @@ def judge_prompts(
         base=inputs.pipeline,
         lora=args.output_dir,
         dtype=DTYPES[args.pipeline_dtype],
+        base_lora=args.base_lora,
+        base_lora_scale=args.base_lora_scale,
     )
     size = (trainer.rollout.height, trainer.rollout.width)
     treatment = TreatmentRun(

@@ -243,6 +243,49 @@ def _layout(denoiser: torch.nn.Module) -> dict[str, Any]:
     return layout
 
 
+# --- beneath it ------------------------------------------------------------------------------------------------------------
+
+
+def merge_lora(pipeline: DiffusionPipeline, lora: str, scale: float = 1.0) -> None:
+    """Make a LoRA of somebody's a part of the pipeline: what is treated then, and what its treatment is loaded upon.
+
+    Args:
+        pipeline: without adapters.
+        lora: its folder, file or id on the Hub, as `load_lora_weights` takes it.
+        scale: with which it is merged.
+
+    Raises:
+        ValueError: the pipeline loads none, or not this one.
+    """
+    name = type(pipeline).__name__
+    if not (hasattr(pipeline, "load_lora_weights") and hasattr(pipeline, "fuse_lora")):
+        raise ValueError(
+            f"`base_lora` is {lora!r}, but a {name} loads no LoRA itself. Merge it into the denoiser, save the pipeline, and treat "
+            "that: `PeftModel.from_pretrained(...).merge_and_unload()`."
+        )
+    path = Path(lora)
+    source = {"weight_name": path.name} if path.is_file() else {}
+    try:
+        pipeline.load_lora_weights(str(path.parent if path.is_file() else lora), **source)
+    except Exception as error:  # whatever a library raises for files that are others
+        raise ValueError(f"`base_lora` is {lora!r}, which this {name} cannot load: {error}") from error
+    if not pipeline.get_active_adapters():
+        raise ValueError(
+            f"`base_lora` is {lora!r}, in which this {name} finds no weights of its own. Was it trained for it?"
+        )
+    pipeline.fuse_lora(lora_scale=scale)
+    pipeline.unload_lora_weights()
+
+
+def merging_lines(lora: str, scale: float) -> list[str]:
+    """The lines of Python that do what [`merge_lora`] did, upon a plain pipeline called `pipe`."""
+    return [
+        f"pipe.load_lora_weights({json.dumps(str(lora), ensure_ascii=False)})  # what was treated wears it",
+        f"pipe.fuse_lora(lora_scale={scale:g})",
+        "pipe.unload_lora_weights()",
+    ]
+
+
 # --- on disk -------------------------------------------------------------------------------------------------------------
 
 
@@ -370,6 +413,8 @@ def loading_lines(
     lora: str,
     dtype: torch.dtype = torch.bfloat16,
     scale: float | None = None,
+    base_lora: str | None = None,
+    base_lora_scale: float = 1.0,
 ) -> str:
     """The lines of Python that load the base and a LoRA saved by [`save_lora`], without this package.
 
@@ -380,6 +425,7 @@ def loading_lines(
         lora: folder of the LoRA, or its repository on the Hub.
         dtype: the type to load the pipeline in. Without one, parts stored in different types would not fit together.
         scale: strength of the LoRA; as it was trained without it.
+        base_lora, base_lora_scale: the LoRA that was merged into the base before its treatment.
     """
     call = loading_call(pipeline, denoiser_name, lora)
     scaling = [scaling_call(pipeline, denoiser_name, scale)] if scale is not None else []
@@ -387,5 +433,6 @@ def loading_lines(
     lines += ["from peft import PeftModel"] if call.startswith("PeftModel") else []
     base = json.dumps(str(base), ensure_ascii=False)
     # `torch_dtype` is the name that every supported version of diffusers understands
-    lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base}, torch_dtype={dtype})", call]
-    return "\n".join(lines + scaling)
+    lines += ["", f"pipe = DiffusionPipeline.from_pretrained({base}, torch_dtype={dtype})"]
+    lines += merging_lines(base_lora, base_lora_scale) if base_lora is not None else []
+    return "\n".join([*lines, call, *scaling])

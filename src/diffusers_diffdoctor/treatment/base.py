@@ -139,7 +139,9 @@ class TreatmentTrainer(RunTrainer):
 
         set_seed(args.seed)
         self.args = args  # the parent's to set, which messages about the memory need before
-        self.pipeline = load_pipeline(pipeline, DTYPES[args.pipeline_dtype], args.quantization)
+        self.pipeline = load_pipeline(
+            pipeline, DTYPES[args.pipeline_dtype], args.quantization, args.base_lora, args.base_lora_scale
+        )
         self.rollout = self.build_rollout(args)
         self.base = describe_base(self.pipeline, self.rollout.denoiser_name)
         self.peft_config = add_lora(self.pipeline, self.rollout.denoiser_name, args, peft_config)

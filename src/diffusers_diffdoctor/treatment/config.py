@@ -47,6 +47,13 @@ class TreatmentConfig(RunArguments):
             `"float32"`, `"bfloat16"` or `"float16"`: the type in which a pipeline given by name is loaded. Follows the mixed
             precision by default. The trained LoRA weights are float32 in any case.
 
+        base_lora (`str`, *optional*):
+            A LoRA that the pipeline wears while it is treated, such as one of a person, a thing or a style: a folder, a file or an
+            id on the Hub. It is merged into the pipeline before anything else, and has to be merged again where the treatment is
+            used, as the model card shows (ours).
+        base_lora_scale (`float`, *optional*, defaults to `1.0`):
+            With which it is merged.
+
         > Parameters that control the rewards
 
         pixel_selection (`str`, *optional*, defaults to `"threshold"`):
@@ -131,6 +138,11 @@ class TreatmentConfig(RunArguments):
         default=None,
         metadata={"help": "float32, bfloat16 or float16 for a pipeline given by name; follows the mixed precision."},
     )
+
+    base_lora: str | None = field(
+        default=None, metadata={"help": "A LoRA that is merged into the pipeline before: it is treated with it."}
+    )
+    base_lora_scale: float = field(default=1.0, metadata={"help": "With which base_lora is merged."})
 
     # --- the rewards
     pixel_selection: str = field(
@@ -278,6 +290,12 @@ class TreatmentConfig(RunArguments):
             self.quantization is None or self.quantization in QUANTIZATIONS,
             f"one of {QUANTIZATIONS}, or left out",
         )
+        _require(self, "base_lora_scale", math.isfinite(self.base_lora_scale), "finite")
+        if self.base_lora is not None and self.quantization is not None:
+            raise ValueError(
+                f"`base_lora` is {self.base_lora!r} with `quantization` {self.quantization!r}: nothing can be merged into quantized "
+                "weights. Leave one of them out, or save the pipeline with the LoRA merged and treat that."
+            )
         if self.pipeline_kwargs is not None:
             self.pipeline_kwargs = _as_dict("pipeline_kwargs", self.pipeline_kwargs, "arguments of the pipeline")
 
@@ -322,7 +340,9 @@ class PixelRewardConfig(TreatmentConfig):
 
     gradient_placement: str = field(
         default="last",
-        metadata={"help": "Which steps carry gradient: last (paper), refl, alignprop, draft_lv, sparse or leap."},
+        metadata={
+            "help": "Which steps carry gradient: last, refl, alignprop, draft_lv, sparse or leap (default: last, paper)."
+        },
     )
     gradient_placement_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'What the placement takes, as JSON: {"steps": 3}.'}

@@ -20,7 +20,7 @@ from peft import PeftConfig
 
 from ..evaluation import to_pil
 from ..files import write_atomically
-from ..names import markdown
+from ..names import markdown, shortened
 from .adapter import loading_lines, scaling_call
 from .config import TreatmentConfig
 from .examine import Sample
@@ -32,6 +32,8 @@ RECIPE = (
     "gradient_placement",
     "gradient_placement_kwargs",
     "guidance_scale",
+    "base_lora",
+    "base_lora_scale",
     "pixel_selection",
     "pixel_threshold",
     "pixel_weight",
@@ -120,9 +122,10 @@ def write_model_card(
         **{key: value for key, value in metadata.items() if value is not None},
     )
     unused = () if treatment.offline else ("offline_weight",)
+    unused += () if args.base_lora is not None else ("base_lora_scale",)
     unused += () if treatment.detector else ("pixel_selection", "pixel_threshold")
     recipe = [
-        (name, getattr(value := getattr(args, name), "value", value))
+        (name, shortened(getattr(value := getattr(args, name), "value", value)))
         for name in RECIPE
         if hasattr(args, name) and name not in unused
     ]
@@ -146,6 +149,8 @@ def write_model_card(
             base=base["pipeline"] or base["pipeline_class"],
             lora=repo_id,
             dtype=getattr(torch, base["dtype"]),
+            base_lora=shortened(args.base_lora) if args.base_lora is not None else None,
+            base_lora_scale=args.base_lora_scale,
         ),
         weaker=scaling_call(treatment.pipeline, base["denoiser"], 0.7),
         example=example_call(treatment.pipeline, args, treatment.size, prompts[0]),

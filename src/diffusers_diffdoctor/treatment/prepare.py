@@ -15,6 +15,7 @@ from ..loading import dtype_argument, errors_named
 from ..rewards import CombinedReward, RewardOutput
 from ..rollout import DifferentiableRollout
 from ..rollout.requirements import check_pipeline
+from .adapter import merge_lora
 from .config import TreatmentConfig
 from .quantization import check_quantization, quantization_config
 
@@ -25,7 +26,11 @@ RewardFunc = Callable[[torch.Tensor, Sequence[str]], RewardOutput | torch.Tensor
 
 
 def load_pipeline(
-    pipeline: str | os.PathLike | DiffusionPipeline, dtype: torch.dtype, quantization: str | None = None
+    pipeline: str | os.PathLike | DiffusionPipeline,
+    dtype: torch.dtype,
+    quantization: str | None = None,
+    base_lora: str | None = None,
+    base_lora_scale: float = 1.0,
 ) -> DiffusionPipeline:
     """An id, a folder or a loaded pipeline -> the pipeline, frozen and ready to be differentiated.
 
@@ -34,6 +39,8 @@ def load_pipeline(
         dtype: the type of a pipeline given by name.
         quantization: `"int8"` or `"nf4"` for the linear layers of the denoiser and the text encoders of a pipeline given by
             name, see [`~diffusers_diffdoctor.treatment.quantization.quantization_config`].
+        base_lora, base_lora_scale: a LoRA that is merged into it, see
+            [`~diffusers_diffdoctor.treatment.adapter.merge_lora`].
 
     Raises:
         ValueError: the name leads to no pipeline, it cannot be quantized so, or the loaded pipeline was altered in a way that
@@ -50,6 +57,10 @@ def load_pipeline(
             f"`quantization` is {quantization!r}, but `pipeline` is loaded already, and weights are quantized while they are "
             "loaded. Pass the pipeline's id or folder, or load it quantized and leave `quantization` out."
         )
+    if base_lora is not None:
+        if adapters := sorted(pipeline.get_list_adapters()) if hasattr(pipeline, "get_list_adapters") else []:
+            raise ValueError(f"`pipeline` already has adapters, of {adapters}: merge them before `base_lora`.")
+        merge_lora(pipeline, base_lora, base_lora_scale)
     check_pipeline(pipeline)
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
