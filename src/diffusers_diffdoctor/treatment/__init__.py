@@ -8,6 +8,8 @@ import importlib
 
 
 _PUBLIC = {
+    "DDPOConfig": "ddpo",
+    "DDPOTrainer": "ddpo",
     "PixelRewardConfig": "config",
     "PixelRewardTrainer": "trainer",
     "TreatmentConfig": "config",

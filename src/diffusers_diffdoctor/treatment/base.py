@@ -82,6 +82,7 @@ class TreatmentTrainer(RunTrainer):
         "title": "DiffDoctor: Diagnosing Image Diffusion Models Before Treating",
         "id": "2501.12382",
     }
+    _method: str | None = None  # how a LoRA was trained, for its card, as the end of a sentence
     record_file = RECORD_FILE
     private = (LIVE_LORA_FILE,)
     outputs = (
@@ -518,6 +519,7 @@ class TreatmentTrainer(RunTrainer):
                 step=self.saved_step,
                 log_history=self.state.log_history,
                 images=self._shown() if self.final_report is None else ([], []),
+                method=self._method,
                 report=self.final_report,
             )
             write_model_card(

@@ -120,6 +120,8 @@ class TreatmentConfig(RunArguments):
     `"artifact_frequency"` wherever one is needed; for that figure and its like lower is better.
     """
 
+    best_metric = "artifact_frequency"  # where one is needed and none is named
+
     # --- the rollout
     num_inference_steps: int = field(default=4, metadata={"help": "Denoising steps of one image (paper: 4)."})
     height: int | None = field(default=None, metadata={"help": "Image height in pixels; default of the pipeline."})
@@ -228,7 +230,7 @@ class TreatmentConfig(RunArguments):
         if self.metric_for_best_model is None and (
             picks or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         ):
-            self.metric_for_best_model = "artifact_frequency"
+            self.metric_for_best_model = self.best_metric
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
         super().__post_init__()

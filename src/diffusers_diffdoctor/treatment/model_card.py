@@ -39,6 +39,14 @@ RECIPE = (
     "pixel_weight",
     "offline_weight",
     "drift_weight",
+    "noise_level",
+    "num_images_per_prompt",
+    "updates_per_pass",
+    "passes",
+    "advantages",
+    "clip_range",
+    "kl_weight",
+    "timestep_fraction",
     "learning_rate",
     "lr_scheduler_type",
     "optim",
@@ -69,6 +77,7 @@ class Treatment:
         step: updates of the LoRA that lies beside the card.
         log_history: the run's log, of which the figures of step 0 and of `step` are shown.
         images: the same prompts and seeds without that LoRA and with it; may be empty.
+        method: how it was trained, as the end of a sentence; None for the gradient of rewards.
         report: contents of the report.json beside the card, see [`~diffusers_diffdoctor.evaluation.render`]; its figures and
             its picture are shown instead of those of the log.
     """
@@ -85,6 +94,7 @@ class Treatment:
     step: int
     log_history: list[dict[str, Any]]
     images: tuple[list[Sample], list[Sample]]
+    method: str | None = None
     report: Mapping[str, Any] | None = None
 
 
@@ -155,6 +165,7 @@ def write_model_card(
         weaker=scaling_call(treatment.pipeline, base["denoiser"], 0.7),
         example=example_call(treatment.pipeline, args, treatment.size, prompts[0]),
         detector=treatment.detector,
+        method=treatment.method,
         images=[{**image, "prompt": markdown(image["prompt"])} for image in images],
         report=treatment.report,
         report_figures=[] if treatment.report is None else _report_figures(treatment.report),

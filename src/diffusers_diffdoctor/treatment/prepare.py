@@ -99,9 +99,14 @@ def build_reward(funcs: RewardFunc | list[RewardFunc], args: TreatmentConfig) ->
     return reward
 
 
-def build_rollout(pipeline: DiffusionPipeline, args: TreatmentConfig, **further: Any) -> DifferentiableRollout:
-    """The pipeline's rollout as the configuration asks for it, with `further` arguments of [`DifferentiableRollout`]."""
-    rollout = DifferentiableRollout(
+def build_rollout(
+    pipeline: DiffusionPipeline,
+    args: TreatmentConfig,
+    rollout_class: type[DifferentiableRollout] = DifferentiableRollout,
+    **further: Any,
+) -> DifferentiableRollout:
+    """The pipeline's rollout as the configuration asks for it, with `further` arguments of its class."""
+    rollout = rollout_class(
         pipeline,
         height=args.height,
         width=args.width,
