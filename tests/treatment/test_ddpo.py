@@ -314,23 +314,22 @@ def test_the_miniature_learns_to_be_brighter(tmp_path):
     trainer = tiny_ddpo(
         tmp_path,
         str(miniature.load("pipeline")),
-        parts={"train_dataset": miniature.prompts("train")[:16], "eval_dataset": miniature.prompts("development")[:8]},
-        resolution=None,
-        max_sequence_length=None,
+        parts={"train_dataset": miniature.prompts("train")[:8], "eval_dataset": miniature.prompts("development")[:8]},
+        resolution=64,
+        max_sequence_length=12,
         num_inference_steps=4,
-        per_device_train_batch_size=16,
+        per_device_train_batch_size=8,
         num_images_per_prompt=8,
-        max_steps=12,
+        passes=2,
+        max_steps=8,
         learning_rate=3e-3,
         lora_rank=16,
-        passes=2,
         clip_range=0.01,
         gradient_checkpointing=False,
         eval_strategy="steps",
-        eval_steps=12,
-        eval_num_images=16,
+        eval_steps=8,
+        eval_num_images=8,
     )
     trainer.train()
-    evaluated = [entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry]
-    drawn = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    assert evaluated[-1] > evaluated[0] + 0.01, (evaluated, drawn)
+    before, after = (entry["eval_reward"] for entry in trainer.state.log_history if "eval_reward" in entry)
+    assert after > before + 0.04, (before, after)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures.policy import tiny_ddpo
+from fixtures.policy import tiny_ddpo, tiny_dpo
 from fixtures.trainer import lora_of, scatter
 
 
@@ -24,6 +24,14 @@ DDPO = {
     "max_grad_norm": 0.0,
     "clip_range": 0.1,
     "kl_weight": 1.0,
+}
+
+DPO = {
+    "max_steps": 3,
+    "gradient_accumulation_steps": 2,
+    "optim": "sgd",
+    "learning_rate": 0.01,
+    "max_grad_norm": 0.0,
 }
 
 PROCESS = """
@@ -55,7 +63,7 @@ def launch(folder, make, settings):
     return [torch.load(folder / f"run/rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("make, settings", [(tiny_ddpo, "DDPO")], ids=["ddpo"])
+@pytest.mark.parametrize("make, settings", [(tiny_ddpo, "DDPO"), (tiny_dpo, "DPO")], ids=["ddpo", "dpo"])
 def test_two_processes_make_the_updates_of_one_with_twice_the_batch(tmp_path, make, settings):
     ranks = launch(tmp_path, make.__name__, settings)
     one = make(tmp_path / "one", per_device_train_batch_size=2, **globals()[settings])

@@ -10,10 +10,13 @@ import importlib
 _PUBLIC = {
     "DDPOConfig": "ddpo",
     "DDPOTrainer": "ddpo",
+    "DiffusionDPOConfig": "dpo",
+    "DiffusionDPOTrainer": "dpo",
     "PixelRewardConfig": "config",
     "PixelRewardTrainer": "trainer",
     "TreatmentConfig": "config",
     "TreatmentTrainer": "base",
+    "write_preferences": "preferences",
 }
 
 __all__ = sorted(_PUBLIC)

@@ -27,8 +27,8 @@ from transformers import TrainerCallback, is_datasets_available
 from transformers.utils import logging
 
 from ..files import write_atomically
+from ..rollout.placement import window_length
 from ..rollout.stochastic import StochasticRollout, Trajectory
-from ..rollout.window import window_length
 from ..seeds import derive_seed
 from ..training.record import missing_entries_named
 from .adapter import save_lora

@@ -47,6 +47,7 @@ RECIPE = (
     "clip_range",
     "kl_weight",
     "timestep_fraction",
+    "beta",
     "learning_rate",
     "lr_scheduler_type",
     "optim",
