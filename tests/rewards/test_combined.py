@@ -1,6 +1,7 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """What is accepted as a reward, and several of them with weights."""
 
+import numpy as np
 import pytest
 import torch
 from fixtures.segformer import tiny_detector
@@ -169,3 +170,57 @@ def test_combination_moves_all_its_models():
     model = tiny_detector()
     CombinedReward([model, brightness]).to(torch.float64)
     assert model.dtype == torch.float64
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.asarray, lambda scores: np.asarray(scores, dtype=np.float16)])
+def test_numbers_without_a_gradient_are_scores_too(kind):
+    def darkness(images, prompts):
+        return kind([float(1 - image.detach().mean()) for image in images])
+
+    images = torch.rand(3, 3, 4, 4)
+    output = CombinedReward([darkness])(images, ["a", "b", "c"])
+    torch.testing.assert_close(output.score, 1 - images.mean(dim=(1, 2, 3)), atol=1e-3, rtol=0)
+    assert torch.equal(output.loss, -output.score) and output.score.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"The reward `darkness` gives no gradient.*DDPO"):
+        CombinedReward([darkness])(images.requires_grad_(), ["a", "b", "c"])
+
+
+def test_a_list_of_tensors_keeps_its_gradient():
+    images = torch.rand(2, 3, 4, 4, requires_grad=True)
+    output = CombinedReward([lambda images, prompts: [image.mean() for image in images]])(images, ["", ""])
+    output.loss.sum().backward()
+    torch.testing.assert_close(images.grad, torch.full_like(images, -1 / 48))
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        ([0.5], ValueError, r"shape \(2,\), got \(1,\)"),
+        (np.zeros((2, 1)), ValueError, r"shape \(2,\), got \(2, 1\)"),
+        ([None, 0.5], TypeError, r"must return numbers, one per image, got \[None, 0.5\]"),
+        (["0.5", "1"], TypeError, "must return numbers"),
+        ([[1, 2], [3]], TypeError, "must return numbers"),
+        ("12", TypeError, "got str"),
+    ],
+)
+def test_wrong_numbers_name_the_reward(answer, error, message):
+    def my_reward(images, prompts):
+        return answer
+
+    with pytest.raises(error, match=f"The reward `my_reward` .*{message}"):
+        as_reward(my_reward)(torch.zeros(2, 3, 4, 4), ["", ""])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_reward_that_is_not_finite_is_named(value):
+    def my_reward(images, prompts):
+        return torch.where(torch.arange(len(images)) == 1, value, images.mean(dim=(1, 2, 3)))
+
+    images = torch.rand(2, 3, 4, 4)
+    for given in (images, images.clone().requires_grad_()):
+        with pytest.raises(FloatingPointError, match=r"`my_reward` returned -?(nan|inf) for 1 of 2 .* prompt 'a cup'"):
+            CombinedReward([brightness, my_reward])(given, ["a hat", "a cup"])
+    broken = images.clone()
+    broken[1] = float("nan")  # not the reward's fault
+    assert CombinedReward([my_reward])(broken, ["a hat", "a cup"]).loss[0].isfinite()
+    assert CombinedReward([brightness, my_reward], [1, 0])(images, ["a hat", "a cup"]).loss.isfinite().all()

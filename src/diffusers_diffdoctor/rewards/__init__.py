@@ -5,6 +5,15 @@ from .artifact import ArtifactReward, pixel_penalty
 from .base import RewardOutput
 from .clip import ClipScore
 from .combined import CombinedReward, as_reward
+from .endpoint import EndpointReward
 
 
-__all__ = ["ArtifactReward", "ClipScore", "CombinedReward", "RewardOutput", "as_reward", "pixel_penalty"]
+__all__ = [
+    "ArtifactReward",
+    "ClipScore",
+    "CombinedReward",
+    "EndpointReward",
+    "RewardOutput",
+    "as_reward",
+    "pixel_penalty",
+]

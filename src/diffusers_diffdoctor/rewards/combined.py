@@ -17,8 +17,8 @@ def as_reward(obj: Any, **kwargs) -> nn.Module:
 
     Args:
         obj: a detector (anything with a `confidence` method) becomes an [`ArtifactReward`]; a callable `(images,
-            prompts)` may return a [`RewardOutput`], or a tensor (B,) of scores whose negative is then the loss. Rewards
-            of this package are returned as they are.
+            prompts)` may return a [`RewardOutput`], or scores, whose negative is then the loss: a tensor (B,), or without a
+            gradient a list of B numbers or an array (B,). Rewards of this package are returned as they are.
         **kwargs: `selection` and `threshold` of the [`ArtifactReward`]; unused for everything else.
 
     Raises:
@@ -51,6 +51,7 @@ class CombinedReward(nn.Module):
     Raises:
         ValueError: no reward, another number of weights than of rewards, or a weight that is not finite; and of a call, images
             that require a gradient and a reward of another weight than 0 whose loss has none with respect to them.
+        FloatingPointError: of a call, a reward of another weight than 0 that returns nan or infinity for finite images.
     """
 
     def __init__(self, rewards: Sequence[Any], weights: Sequence[float] | None = None, **kwargs):
@@ -84,8 +85,11 @@ class CombinedReward(nn.Module):
                     f"The reward `{name}` gives no gradient: its loss does not depend on the images in a way that can be "
                     "differentiated (detached, constant, or computed under `no_grad` or in another library), so nothing would "
                     "be learnt from it. Compute it from `images` with torch, also where it has nothing to say "
-                    "(`0 * images.mean(dim=(1, 2, 3))`), or set its entry in `reward_weights` to 0 to log it only."
+                    "(`0 * images.mean(dim=(1, 2, 3))`), set its entry in `reward_weights` to 0 to log it only, or take policy "
+                    "gradients (DDPO), which need none from the reward."
                 )
+            if weight != 0:
+                _check_finite(name, output, images, prompts)
             outputs.append(output)
         # not times 0, which would let a metric's nan through
         weighted = [(weight, output) for weight, output in zip(self.weights, outputs) if weight != 0]
@@ -95,6 +99,18 @@ class CombinedReward(nn.Module):
             score=sum(weight * output.score.detach() for weight, output in weighted) if weighted else nothing,
             map=next((output.map for output in outputs if output.map is not None), None),
             parts={name: output.score.detach() for name, output in zip(self.names, outputs)} if outputs[1:] else {},
+        )
+
+
+def _check_finite(name: str, output: RewardOutput, images: torch.Tensor, prompts: Sequence[str]) -> None:
+    """Images that are not finite are not the reward's fault: they pass, for whoever made them to see."""
+    finite = torch.isfinite(output.loss.detach()) & torch.isfinite(output.score.detach())
+    bad = (~finite & torch.isfinite(images.detach()).flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    if bad:
+        raise FloatingPointError(
+            f"The reward `{name}` returned {output.loss[bad[0]].item()} for {len(bad)} of {len(images)} images, whose own values are "
+            f"finite; the first has the prompt {prompts[bad[0]]!r}. Return a finite score for every image, or set the reward's entry "
+            "in `reward_weights` to 0 to log it only."
         )
 
 
