@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from diffusers import FluxInpaintPipeline, FluxPipeline
 from small_detector import cached
-from transformers import CLIPModel, CLIPProcessor
 
 from diffusers_diffdoctor import ArtifactDetectorForSemanticSegmentation, DifferentiableRollout
 from diffusers_diffdoctor.images import to_image_tensor
@@ -29,7 +28,7 @@ from diffusers_diffdoctor.miniature.judge import MiniatureJudge
 from diffusers_diffdoctor.miniature.renderer import PRONE_CATEGORIES
 from diffusers_diffdoctor.pictures import to_pil
 from diffusers_diffdoctor.repair import DiagnosticGuidance, rank, repair
-from diffusers_diffdoctor.rewards import ClipScore
+from diffusers_diffdoctor.rewards import CLIPReward
 from diffusers_diffdoctor.seeds import derive_seed
 
 
@@ -96,9 +95,7 @@ def cell(draw: Draw, split: str, seed: int, count: int) -> dict:
     seconds = (time.process_time() - start) / count
     judge = MiniatureJudge.from_pretrained(load("judge")).float().eval()
     detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(load("detector")).eval()
-    clip = ClipScore(
-        CLIPModel.from_pretrained(load("clip"), dtype=torch.float32), CLIPProcessor.from_pretrained(load("clip"))
-    )
+    clip = CLIPReward.from_pretrained(load("clip"))
     wrong = {
         name: torch.cat([one.confidence(part).amax((1, 2, 3)) >= 0.5 for part in images.split(48)])
         .float()

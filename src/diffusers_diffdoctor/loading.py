@@ -7,6 +7,7 @@ The libraries keep files from running code. What they raise then names no file, 
 import json
 import os
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -79,6 +80,37 @@ def wrong_archive(path: str | os.PathLike) -> str | None:
     if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries) or sum(x.file_size for x in entries) > size:
         return f"has {size} bytes and unpacks to {sum(x.file_size for x in entries)}, which torch never writes"
     return None
+
+
+def load_state_dict(path: str | os.PathLike, inside: str | None = None) -> dict[str, torch.Tensor]:
+    """Tensors by their keys, of a file that `torch.save` wrote. No code in it is run.
+
+    Args:
+        path: the file.
+        inside: key under which a checkpoint may hold them, beside other things.
+
+    Raises:
+        ValueError: it is something else. The message names the file.
+    """
+    path = Path(path)
+    wrong = wrong_archive(path)
+    if wrong:
+        raise ValueError(f"{path} {wrong}. Download it again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about odd pickles; what is wrong with them is said below
+            state_dict = torch.load(path, map_location="cpu", weights_only=True)
+    except (UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
+        reason = str(error).split("\n")[0]
+        raise ValueError(
+            f"{path} is not a PyTorch state dict that can be loaded without running code in it ({reason}). Was it "
+            "downloaded completely?"
+        ) from error
+    if inside is not None and isinstance(state_dict, dict):
+        state_dict = state_dict.get(inside, state_dict)
+    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
+        raise ValueError(f"{path} holds a {type(state_dict).__name__}, expected was a state dict of tensors alone.")
+    return state_dict
 
 
 @torch.no_grad()

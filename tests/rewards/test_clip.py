@@ -8,7 +8,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from diffusers_diffdoctor.rewards import ClipScore, as_reward
+from diffusers_diffdoctor.rewards import CLIPReward, as_reward
 
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -62,7 +62,7 @@ def test_preprocessing_is_that_of_the_processor(clip, size, contrast, highest, m
     model, processor = clip
     array = blocks(*size, *contrast)
     expected = processor.image_processor(Image.fromarray(array), return_tensors="pt")["pixel_values"]
-    found = ClipScore(model, processor).preprocess(as_images(array))
+    found = CLIPReward(model, processor).preprocess(as_images(array))
     assert found.shape == expected.shape == (1, 3, 48, 48)
     steps = (found - expected).abs() * 255 * torch.tensor(processor.image_processor.image_std).view(3, 1, 1)
     assert steps.max() < highest and steps.mean() < mean
@@ -86,14 +86,14 @@ def test_score_is_that_of_the_whole_model(clip):
     with torch.no_grad():
         expected = 100 * (model(**inputs).logits_per_image / model.logit_scale.exp()).diagonal().clamp(min=0)
     images = torch.cat([as_images(array) for array in arrays])
-    found = ClipScore(model, processor)(images, prompts)
+    found = CLIPReward(model, processor)(images, prompts)
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)  # at 56 pixels nothing is resized and rounded
     assert found.shape == (2,) and found.max() > 1
 
 
 def test_gradient_reaches_the_images(clip):
     model, processor = clip
-    score = ClipScore(model, processor).double()
+    score = CLIPReward(model, processor).double()
     images = as_images(blocks(64, 64)).double() * 0.6 + 0.2
     images.requires_grad_()
     # A score of 0 has no gradient: take a prompt that fits.
@@ -111,14 +111,14 @@ def test_gradient_reaches_the_images(clip):
 
 def test_tokenizer_alone_is_enough(clip):
     model, processor = clip
-    score = ClipScore(model, processor.tokenizer)
+    score = CLIPReward(model, processor.tokenizer)
     assert score.preprocess(torch.rand(1, 3, 64, 80)).shape == (1, 3, 48, 48)
-    assert score.mean[0] == pytest.approx(0.48145466)
+    assert score.preprocess.mean[0] == pytest.approx(0.48145466)
 
 
 def test_bad_input_is_named(clip):
     model, processor = clip
-    score = ClipScore(model, processor)
+    score = CLIPReward(model, processor)
     with pytest.raises(ValueError, match="one prompt per image: 2 images"):
         score(torch.rand(2, 3, 64, 64), ["a"])
     with pytest.raises(ValueError, match="one prompt per image"):
@@ -126,4 +126,4 @@ def test_bad_input_is_named(clip):
     with pytest.raises(ValueError, match="images must be float"):
         score(torch.zeros(1, 3, 64, 64, dtype=torch.uint8), ["a"])
     with pytest.raises(TypeError, match="must be a CLIPModel"):
-        ClipScore(torch.nn.Linear(1, 1), processor)
+        CLIPReward(torch.nn.Linear(1, 1), processor)

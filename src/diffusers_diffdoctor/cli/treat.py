@@ -287,17 +287,13 @@ def prone_prompts(split: str) -> Dataset:
 
 def read_miniature(split: str) -> Inputs:
     """The bundled parts: the same run in a world of 64x64 pixels whose mistakes are known."""
-    from transformers import CLIPModel, CLIPProcessor
 
     from ..miniature.check import clip_features, pixel_features
     from ..miniature.judge import MiniatureJudge
     from ..miniature.renderer import PLAIN_CATEGORIES
-    from ..rewards import ClipScore
+    from ..rewards import CLIPReward
 
-    clip = ClipScore(
-        CLIPModel.from_pretrained(miniature.load("clip"), dtype=torch.float32),
-        CLIPProcessor.from_pretrained(miniature.load("clip")),
-    )
+    clip = CLIPReward.from_pretrained(miniature.load("clip"))
     return Inputs(
         pipeline=str(miniature.load("pipeline")),
         detector=open_detector(miniature.load("detector"), "cpu"),

@@ -6,16 +6,14 @@ keys: loaded with `strict=False`, nearly all weights would silently stay random.
 """
 
 import os
-import pickle
 import re
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ..files import digest, written_atomically
-from ..loading import wrong_archive
+from ..loading import load_state_dict
 from .configuration_artifact_detector import ArtifactDetectorConfig
 from .image_processing_pil_artifact_detector import ArtifactDetectorImageProcessorPil
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation
@@ -81,7 +79,7 @@ def convert_detector_checkpoint(
     found = digest(checkpoint)
     if sha256 is not None and found != sha256.lower():
         raise ValueError(f"{checkpoint} has the sha256 {found}, expected was {sha256}; download it again.")
-    state_dict = _load_state_dict(checkpoint)
+    state_dict = load_state_dict(checkpoint)
     architecture, config = _infer_config(state_dict, image_size)
 
     # The keys are renamed on loading, by the mapping that the model registers.
@@ -103,25 +101,6 @@ def convert_detector_checkpoint(
         model.save_pretrained(unfinished)
         ArtifactDetectorImageProcessorPil.for_detector(config).save_pretrained(unfinished)
     return Conversion(output_dir, found, KNOWN_CHECKPOINTS.get(found), architecture, model.num_parameters())
-
-
-def _load_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    wrong = wrong_archive(path)
-    if wrong:
-        raise ValueError(f"{path} {wrong}. Download it again.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd pickles; what is wrong with them is said below
-            state_dict = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError) as error:
-        reason = str(error).split("\n")[0]
-        raise ValueError(
-            f"{path} is not a PyTorch state dict that can be loaded without running code in it ({reason}). Was it "
-            "downloaded completely?"
-        ) from error
-    if not isinstance(state_dict, dict) or not all(isinstance(value, torch.Tensor) for value in state_dict.values()):
-        raise ValueError(f"{path} holds a {type(state_dict).__name__}, expected was a state dict of tensors alone.")
-    return state_dict
 
 
 def _infer_config(state_dict: dict[str, torch.Tensor], image_size: int) -> tuple[str, ArtifactDetectorConfig]:

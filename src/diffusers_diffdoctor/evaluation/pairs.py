@@ -89,7 +89,7 @@ def measure(
         judges: name -> judge; the first one is the one that counts: `change` is measured around its diagnosis. Put a judge
             there that the treatment never saw, and the detector that was trained against after it, for example
             `{"judge": judge, "detector": detector}`.
-        fidelity: callable(images, prompts) -> (N,) scores, higher is better, for example `ClipScore`.
+        fidelity: callable(images, prompts) -> (N,) scores, higher is better, for example `CLIPReward`.
         features: name -> callable(images) -> (N, F), for the diversity: the Euclidean distance between images of one prompt.
             The first one counts. Normalise embeddings whose length means nothing. Without it the diversity is not measured.
         diversity_pairs: images made for the diversity, with several seeds per prompt, when `pairs` have one.

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxPipeline
 from tqdm.auto import tqdm
-from transformers import CLIPModel, CLIPProcessor
 
 from ..detector import ArtifactDetectorForSemanticSegmentation
 from ..evaluation.metrics import error_rates, max_confidence, pairwise_diversity
-from ..rewards import ClipScore
+from ..rewards import CLIPReward
 from ..rollout import DifferentiableRollout
 from . import WEIGHTS, prompts
 from .judge import MiniatureJudge
@@ -100,7 +99,7 @@ def psnr(images: torch.Tensor, reproduced: torch.Tensor) -> float:
 
 
 @torch.no_grad()
-def recognise(clip: ClipScore, images: torch.Tensor, rows: list[dict[str, str]]) -> dict[str, float]:
+def recognise(clip: CLIPReward, images: torch.Tensor, rows: list[dict[str, str]]) -> dict[str, float]:
     """Share of `images` (B, 3, 64, 64) in [0, 1] whose category and colour are those of the nearest of all captions."""
     captions = all_prompts()
     tokens = clip.tokenizer([row["prompt"] for row in captions], padding=True, return_tensors="pt")
@@ -118,12 +117,12 @@ def pixel_features(images: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def clip_features(clip: ClipScore, images: torch.Tensor) -> torch.Tensor:
+def clip_features(clip: CLIPReward, images: torch.Tensor) -> torch.Tensor:
     """Normalized image embeddings (B, F)."""
-    return torch.nn.functional.normalize(clip.model.get_image_features(clip.preprocess(images)).pooler_output, dim=-1)
+    return torch.nn.functional.normalize(clip.image_features(images), dim=-1)
 
 
-def scene_diversity(clip: ClipScore, seeds: int = 8) -> dict:
+def scene_diversity(clip: CLIPReward, seeds: int = 8) -> dict:
     """Diversity of rendered scenes: all of them `right`, or `wrong` as often as those the pipeline learned from.
 
     The prompts are the prone ones of the development split. Mistakes make scenes differ, so a treatment that did nothing but remove them would lower the diversity by as much.
@@ -165,10 +164,7 @@ def check(folder: str | Path = WEIGHTS, seeds: int = 2, scenes: int = 2000) -> d
     pipeline = FluxPipeline.from_pretrained(folder / "pipeline", torch_dtype=torch.float32)
     judge = MiniatureJudge.from_pretrained(folder / "judge").float().eval()
     detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(folder / "detector").float().eval()
-    clip = ClipScore(
-        CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32),
-        CLIPProcessor.from_pretrained(folder / "clip"),
-    )
+    clip = CLIPReward.from_pretrained(folder / "clip")
     rows = prompts("development") * seeds
     images = samples(pipeline, rows, seed=5000)
     drawn, rendered, reproduced = fresh_scenes(pipeline.vae, scenes)

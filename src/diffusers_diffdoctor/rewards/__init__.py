@@ -1,18 +1,26 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """What scores a generated image: the artifact penalty per pixel, and image-level scorers."""
 
+from .aesthetic import AestheticReward
 from .artifact import ArtifactReward, pixel_penalty
 from .base import RewardOutput
-from .clip import ClipScore
+from .clip import CLIPReward
 from .combined import CombinedReward, as_reward
 from .endpoint import EndpointReward
+from .hpsv2 import HPSv2Reward
+from .image_reward import ImageRewardReward
+from .pickscore import PickScoreReward
 
 
 __all__ = [
+    "AestheticReward",
     "ArtifactReward",
-    "ClipScore",
+    "CLIPReward",
     "CombinedReward",
     "EndpointReward",
+    "HPSv2Reward",
+    "ImageRewardReward",
+    "PickScoreReward",
     "RewardOutput",
     "as_reward",
     "pixel_penalty",
