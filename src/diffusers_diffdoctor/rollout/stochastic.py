@@ -27,7 +27,7 @@ from diffusers.utils import logging
 from ..seeds import derive_seed
 from .call import Reached, for_each, replaced
 from .checkpointing import checked
-from .clean import clean_prediction
+from .clean import clean_prediction, noise_levels
 from .drift import has_adapter, without_adapter
 from .module import DifferentiableRollout
 from .noise import Passed, is_flow
@@ -108,17 +108,6 @@ def diffusion_transition(
     d = eta * s_after * math.sqrt(max(0.0, 1 - (a * s_after / (s * a_after)) ** 2))
     noise = (sample.float() - a * clean) / s
     return Gaussian(a_after * clean + math.sqrt(max(0.0, s_after**2 - d**2)) * noise, d)
-
-
-def noise_levels(scheduler: Any) -> list[tuple[float, float]]:
-    """(a, s) of x = a x_0 + s e for every step of a scheduler whose timesteps are set, and for the end."""
-    if is_flow(scheduler):
-        return [(1 - s, s) for s in scheduler.sigmas.tolist()]
-    if float(scheduler.init_noise_sigma) != 1.0:  # noise is added
-        return [(1.0, s) for s in scheduler.sigmas.tolist()]
-    products = [float(scheduler.alphas_cumprod[int(t)]) for t in scheduler.timesteps]
-    products.append(float(getattr(scheduler, "final_alpha_cumprod", 1.0)))
-    return [(math.sqrt(product), math.sqrt(1 - product)) for product in products]
 
 
 def transition(
