@@ -295,10 +295,7 @@ def test_a_reward_that_is_no_number_or_of_another_length_ends_the_run(tmp_path):
 
     trainer = tiny_ddpo(tmp_path, parts={"reward_funcs": undefined}, train_sampling_strategy="sequential")
     before = lora_of(trainer)
-    seed = derive_seed(42, "rollout", 1)
-    with pytest.raises(
-        FloatingPointError, match=rf"The reward is nan for 'a red hand' \(seed {seed}\): 1 of 4 images"
-    ):
+    with pytest.raises(FloatingPointError, match=r"`undefined` returned nan for 1 of 4 images.*'a red hand'"):
         trainer.train()
     assert all(torch.equal(value, before[name]) for name, value in lora_of(trainer).items())
     trainer = tiny_ddpo(tmp_path, parts={"reward_funcs": lambda images, prompts: torch.ones(3)})
