@@ -5,8 +5,8 @@ A module beside the package, because importing the package registers the detecto
 `--help` and `--version` need not wait for that. A command's module is imported when the command is called.
 
 A command is a row of `COMMANDS` and a module of its name in `diffusers_diffdoctor/cli`, with `add_arguments(parser)` and
-`run(args) -> exit status`. A module without `add_arguments` gets the rest of the command line as it is: `treat`, whose flags
-are those of a dataclass.
+`run(args) -> exit status`. A module without `add_arguments` gets the rest of the command line as it is: `treat`, `ddpo` and
+`dpo`, whose flags are those of a dataclass.
 """
 
 import argparse
@@ -23,6 +23,8 @@ from types import ModuleType
 COMMANDS = {
     "diagnose": "find the artifacts in images: heatmaps, a ranked report, the cleanest images",
     "treat": "train a LoRA against a detector and report before and after",
+    "ddpo": "raise any reward of a pipeline's images by policy gradient",
+    "dpo": "learn from pairs of images of which one was preferred",
     "repair": "draw anew what a detector marks in images, by any inpainting pipeline",
     "export-lora": "write a treated LoRA in the layout that ComfyUI, AUTOMATIC1111 and others read",
     "train-detector": "train a detector on labelled images, from a pretrained encoder or from nothing",
