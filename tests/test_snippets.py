@@ -38,6 +38,9 @@ STANDS_FOR = {
     "resolution=512": "resolution=32",
     # hours
     'PixelRewardConfig(output_dir="flux-treated"': 'PixelRewardConfig(output_dir="flux-treated", **SMALL',
+    'DDPOConfig(output_dir="brighter"': 'DDPOConfig(output_dir="brighter", **SMALL',
+    "num_images_per_prompt=4": 'num_images_per_prompt=1, advantages="rollout"',  # the rollout is of one image
+    'DiffusionDPOConfig(output_dir="preferred"': 'DiffusionDPOConfig(output_dir="preferred", **SMALL',
     'output_dir="detector", ': 'output_dir="trained", use_cpu=True, max_steps=1, report_to="none", ',
     '"OpenGVLab/pvt_v2_b2"': '"detector"',
     # a cluster

@@ -27,6 +27,10 @@ _LOADED_ON_USE = {
     "RewardOutput": "rewards",
     "pixel_penalty": "rewards",
     "DifferentiableRollout": "rollout",
+    "DDPOConfig": "treatment",
+    "DDPOTrainer": "treatment",
+    "DiffusionDPOConfig": "treatment",
+    "DiffusionDPOTrainer": "treatment",
     "PixelRewardConfig": "treatment",
     "PixelRewardTrainer": "treatment",
 }
@@ -39,7 +43,11 @@ __all__ = [
     "ArtifactDetectorTrainer",
     "ArtifactDetectorTrainingArguments",
     "ArtifactReward",
+    "DDPOConfig",
+    "DDPOTrainer",
     "DifferentiableRollout",
+    "DiffusionDPOConfig",
+    "DiffusionDPOTrainer",
     "PixelRewardConfig",
     "PixelRewardTrainer",
     "RewardOutput",
@@ -52,7 +60,14 @@ if TYPE_CHECKING:
     from .detector import ArtifactDetectorTrainer, ArtifactDetectorTrainingArguments
     from .rewards import ArtifactReward, RewardOutput, pixel_penalty
     from .rollout import DifferentiableRollout
-    from .treatment import PixelRewardConfig, PixelRewardTrainer
+    from .treatment import (
+        DDPOConfig,
+        DDPOTrainer,
+        DiffusionDPOConfig,
+        DiffusionDPOTrainer,
+        PixelRewardConfig,
+        PixelRewardTrainer,
+    )
 
 
 def __getattr__(name):

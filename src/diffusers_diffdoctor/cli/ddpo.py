@@ -18,7 +18,7 @@ from datasets import Dataset
 
 from .. import miniature
 from ..files import FolderInUse
-from ..treatment import DDPOConfig, DDPOTrainer, TreatmentConfig, TreatmentTrainer
+from ..treatment import DDPOConfig, DDPOTrainer, TreatmentTrainer
 from ..treatment.prompt_files import distinct, hold_out
 from .diagnose import find_detector, open_detector
 from .training import Parser, resume_point
@@ -63,6 +63,12 @@ class ScriptArguments:
     )
 
 
+def parse(argv: Sequence[str], prog: str | None = None) -> tuple[ScriptArguments, DDPOConfig]:
+    """Flags win over a recipe, given as `--config`, which wins over the defaults."""
+    about = "Raise a reward of a pipeline's images by policy gradient, through a LoRA."
+    return parsed(argv, ScriptArguments, DDPOConfig, about, prog or "diffdoctor ddpo")
+
+
 def run(argv: Sequence[str], prog: str | None = None) -> int:
     """Train and save.
 
@@ -78,23 +84,25 @@ def run(argv: Sequence[str], prog: str | None = None) -> int:
         prompts, held_out = read_prompts(script)
         return DDPOTrainer(pipeline_of(script), rewards, args, prompts, held_out)
 
-    about = "Raise a reward of a pipeline's images by policy gradient, through a LoRA."
-    return train(argv, ScriptArguments, DDPOConfig, DDPOTrainer, build, about, prog or "diffdoctor ddpo")
+    return train(lambda: parse(argv, prog), DDPOTrainer, build)
+
+
+def parsed(
+    argv: Sequence[str], script_class: type, config_class: type, description: str, prog: str
+) -> tuple[Any, Any]:
+    """The two dataclasses, with the miniature's size where it is trained."""
+    parser = Parser(script_class, config_class, {}, description, "what to train, and by what", prog)
+    return parser.parse([*(MINIATURE if wants_miniature(argv) else ()), *argv])
 
 
 def train(
-    argv: Sequence[str],
-    script_class: type,
-    config_class: type[TreatmentConfig],
+    parse: Callable[[], tuple[Any, Any]],
     trainer_class: type[TreatmentTrainer],
     build: Callable[[Any, Any], TreatmentTrainer],
-    description: str,
-    prog: str,
 ) -> int:
     """The run of a script: parse, build the trainer, train, save, push. Returns the exit status."""
     try:
-        parser = Parser(script_class, config_class, {}, description, "what to train, and by what", prog)
-        script, args = parser.parse([*(MINIATURE if wants_miniature(argv) else ()), *argv])
+        script, args = parse()
         resume = resume_point(args, trainer_class)
         if script.pipeline != "miniature":
             check_pipeline_is_there(script.pipeline)

@@ -20,7 +20,7 @@ from ..treatment import DiffusionDPOConfig, DiffusionDPOTrainer, write_preferenc
 from ..treatment.config import DTYPES
 from ..treatment.prepare import build_rollout, load_pipeline
 from .ddpo import ScriptArguments as PolicyArguments
-from .ddpo import pipeline_of, read_prompts, read_rewards, train
+from .ddpo import parsed, pipeline_of, read_prompts, read_rewards, train
 from .treat import check_data_is_there
 
 
@@ -43,6 +43,12 @@ class ScriptArguments(PolicyArguments):
     def __post_init__(self):
         if self.num_pairs < 1:
             raise ValueError(f"`--num_pairs` is {self.num_pairs}, but must be at least 1.")
+
+
+def parse(argv: Sequence[str], prog: str | None = None) -> tuple[ScriptArguments, DiffusionDPOConfig]:
+    """Flags win over a recipe, given as `--config`, which wins over the defaults."""
+    about = "Learn from pairs of images of which one was preferred, through a LoRA."
+    return parsed(argv, ScriptArguments, DiffusionDPOConfig, about, prog or "diffdoctor dpo")
 
 
 def run(argv: Sequence[str], prog: str | None = None) -> int:
@@ -71,10 +77,7 @@ def run(argv: Sequence[str], prog: str | None = None) -> int:
         pairs = read_pairs(folder)
         return DiffusionDPOTrainer(pipeline_of(script), args, pairs, held_out, rewards or None)
 
-    about = "Learn from pairs of images of which one was preferred, through a LoRA."
-    return train(
-        argv, ScriptArguments, DiffusionDPOConfig, DiffusionDPOTrainer, build, about, prog or "diffdoctor dpo"
-    )
+    return train(lambda: parse(argv, prog), DiffusionDPOTrainer, build)
 
 
 def read_pairs(name: str):
