@@ -1,6 +1,8 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,9 +52,10 @@ def spotted(height=96, width=160):
 OPTIONS = {"tries": 2, "steps": 2, "size": 64, "strength": 1.0}
 
 
-def test_what_is_wrong_is_drawn_anew_and_the_rest_stays_to_the_bit(pipeline):
+@pytest.mark.parametrize("more", [{}, {"context": math.inf, "size": 192}])
+def test_what_is_wrong_is_drawn_anew_and_the_rest_stays_to_the_bit(pipeline, more):
     image = spotted()
-    done = repair(image, pipeline, Red(), **OPTIONS)
+    done = repair(image, pipeline, Red(), **OPTIONS | more)
     new = np.asarray(done.image)
     assert done.seed is not None and done.after == min(done.tries) < done.before
     assert done.before == pytest.approx(99 / (96 * 160), rel=1e-6)
@@ -60,6 +63,36 @@ def test_what_is_wrong_is_drawn_anew_and_the_rest_stays_to_the_bit(pipeline):
     assert np.array_equal(new[outside], image[outside]) and outside.mean() > 0.95
     assert (done.region[40:49, 100:111] == 255).all()
     assert Red().confidence(torch.from_numpy(new).permute(2, 0, 1)[None] / 255)[0, 0, 40:49, 100:111].mean() < 0.9
+
+
+class Swap:
+    """Inpaints by swapping red and blue, and remembers what it was shown."""
+
+    def __call__(self, image, mask_image, width, height):
+        self.image, self.mask, self.asked = np.asarray(image), np.asarray(mask_image), (height, width)
+        return SimpleNamespace(images=[self.image[..., ::-1] / 255])
+
+
+@pytest.mark.parametrize(
+    ("context", "shown", "share"),
+    [  # the spot has 9 x 11 pixels, the image 96 x 160
+        (0.0, (192, 192), 9 / 11),
+        (0.5, (192, 192), 9 / 11 / 4),
+        (6.0, (128, 192), 99 / (96 * 143)),  # higher than the image is
+        (math.inf, (128, 192), 99 / (96 * 160)),
+    ],
+)
+def test_the_pipeline_sees_a_square_around_the_region_as_far_as_the_image_goes(context, shown, share):
+    swap = Swap()
+    image = spotted()
+    done = repair(image, swap, Red(), growth=0, feather=0, tries=1, size=192, context=context)
+    assert swap.asked == shown == swap.image.shape[:2] and (swap.mask > 0).mean() == pytest.approx(share, rel=0.05)
+    new = np.asarray(done.image).astype(int)
+    inner = (slice(42, 47), slice(103, 108))
+    assert (new[inner] - (0, 0, 255) < 40).all() and (
+        new[inner][..., 2] > 215
+    ).all()  # the answer comes back to its place
+    assert np.array_equal(new[done.region == 0], image[done.region == 0])
 
 
 def test_the_same_seed_repairs_alike_and_another_otherwise(pipeline):
@@ -95,6 +128,8 @@ def test_a_sound_image_is_not_touched(pipeline):
         ({"size": 100}, "`size`.*100"),
         ({"threshold": 0.0}, "`threshold`.*0.0"),
         ({"growth": -0.1}, "`growth`.*-0.1"),
+        ({"context": -1.0}, "`context`.*-1.0"),
+        ({"context": math.nan}, "`context`.*nan"),
     ],
 )
 def test_wrong_arguments_are_named(options, named, pipeline):
@@ -146,7 +181,7 @@ def test_files_are_repaired_counted_and_done_once(tmp_path, saved, capsys):
     Image.new("RGB", (64, 64), (90, 90, 90)).save(images / "flat.png")
     (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:300])
     command = ["repair", str(images), "-o", str(tmp_path / "out"), "--detector", "miniature", "--pipeline", saved]
-    command += ["--tries", "2", "--steps", "2", "--size", "64", "--device", "cpu"]
+    command += ["--tries", "2", "--steps", "2", "--size", "64", "--context", "inf", "--device", "cpu"]
     assert main(command) == 0
     told = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out/repair.jsonl").read_text().splitlines()]

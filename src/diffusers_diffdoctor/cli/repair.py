@@ -56,6 +56,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=512,
         help="pixels at which a region is drawn, a multiple of 64 (default: %(default)s)",
     )
+    parser.add_argument(
+        "--context",
+        type=float,
+        default=0.5,
+        help="how much of the image the pipeline sees around a region, in shares of its longer side; inf for the whole image "
+        "(default: %(default)s)",
+    )
     parser.add_argument("--device", default=None, help="such as cpu, cuda, cuda:1, mps; by default the best there is")
     parser.add_argument(
         "--precision",
@@ -73,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     from ..repair.files import repair_images
     from .diagnose import best_device, load_detector
 
-    options = ("prompt", "tries", "seed", "threshold", "growth", "feather", "strength", "steps", "size")
+    options = ("prompt", "tries", "seed", "threshold", "growth", "feather", "strength", "steps", "size", "context")
     settings = {name: getattr(args, name) for name in options}
     check_repair(**{name: value for name, value in settings.items() if name not in ("prompt", "seed")})
     find_images(args.paths)  # a wrong path is said before anything is loaded

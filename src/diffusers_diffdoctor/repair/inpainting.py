@@ -13,9 +13,6 @@ from ..inpainting import inpainted
 from ..seeds import derive_seed
 
 
-MARGIN = 0.5  # of a region's longer side, which the pipeline sees around it
-
-
 @dataclass(frozen=True)
 class Repaired:
     """A repaired image.
@@ -48,6 +45,7 @@ def check_repair(
     strength: float = 1.0,
     steps: int = 1,
     size: int = 64,
+    context: float = 0.5,
 ) -> None:
     """A `ValueError` that names what is out of its range."""
     for name, value in (("threshold", threshold), ("strength", strength)):
@@ -61,6 +59,8 @@ def check_repair(
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     if size < 64 or size % 64:
         raise ValueError(f"`size` must be a multiple of 64, got {size}.")
+    if not context >= 0:
+        raise ValueError(f"`context` must be at least 0, or infinite for the whole image, got {context}.")
 
 
 def artifact_regions(
@@ -102,6 +102,7 @@ def repair(
     strength: float = 0.75,
     steps: int = 30,
     size: int = 512,
+    context: float = 0.5,
 ) -> Repaired:
     """Draw anew what the detector marks, several times, and keep the best by a judge.
 
@@ -121,12 +122,14 @@ def repair(
         strength: share in (0, 1] of noise from which regions are drawn: 1 forgets what was there.
         steps: of the denoiser.
         size: pixels of the longer side of the window that the pipeline sees, a multiple of 64.
+        context: how much of the image the window shows on each side of the regions, in shares of their longer side; `math.inf` for the
+            whole image, which pipelines need that draw whole scenes only.
 
     Raises:
         ValueError: an argument out of its range.
         UnreadableImage: a file that cannot be read.
     """
-    check_repair(threshold, growth, feather, tries, strength, steps, size)
+    check_repair(threshold, growth, feather, tries, strength, steps, size, context)
     picture = read_image(image)
     region = artifact_regions(_confidence(detector, picture), threshold, growth, feather).cpu().numpy()
     judge = judge or detector
@@ -134,7 +137,7 @@ def repair(
     shown = np.rint(region * 255).astype(np.uint8)
     if not region.any():
         return Repaired(picture, shown, before, (), None)
-    place = _window(region)
+    place = _window(region, context)
     old = np.asarray(picture)
     best, scores = (before, picture, None), []
     for number in range(tries):
@@ -159,15 +162,15 @@ def _confidence(detector: torch.nn.Module, picture: Image.Image) -> torch.Tensor
     return detector.confidence(to_image_tensor(picture)[None].to(device))[0, 0].float().cpu()
 
 
-def _window(region: np.ndarray) -> tuple[slice, slice]:
-    """What the pipeline sees: the regions with a margin, at least square where the image allows it."""
+def _window(region: np.ndarray, context: float) -> tuple[slice, slice]:
+    """What the pipeline sees: the regions with what is around them, at least square where the image allows it."""
     height, width = region.shape
     spans = [np.flatnonzero(region.any(axis)) for axis in (1, 0)]
     longest = max(int(span[-1] - span[0]) + 1 for span in spans)
-    wanted = longest * (1 + 2 * MARGIN)
+    wanted = np.ceil(longest * (1 + 2 * context))
     slices = []
     for span, length in zip(spans, (height, width)):
-        middle, side = (span[0] + span[-1] + 1) / 2, min(length, int(np.ceil(wanted)))
+        middle, side = (span[0] + span[-1] + 1) / 2, int(min(length, wanted))
         start = int(np.clip(round(middle - side / 2), 0, length - side))
         slices.append(slice(start, start + side))
     return slices[0], slices[1]
