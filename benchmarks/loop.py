@@ -110,7 +110,12 @@ def settings(world: Path, output: Path, url: str, share: float) -> dict:
             "warmup_steps": steps // 10,
             "per_device_train_batch_size": 24,
             "augmentation": "light",
-            "source_weights": {"annotated": 1, "photos": 1, "masks": 1, "pseudo": 1},
+            "source_weights": {
+                "annotated": 1,
+                "photos": 4,
+                "masks": 2,
+                "pseudo": 1,
+            },  # photographs are half of the draws
             "hold_out": 0.02,
             "eval_strategy": "no",
             "load_best_model_at_end": False,

@@ -17,7 +17,7 @@ from diffusers_diffdoctor.data import find_shards, load_rows
 from diffusers_diffdoctor.data.annotate import SKIPPED, Annotation, key_of, write_annotation
 from diffusers_diffdoctor.data.loop import LoopSettings, read_settings
 from diffusers_diffdoctor.data.loop.masks import masks_missing
-from diffusers_diffdoctor.data.loop.rounds import fingerprint
+from diffusers_diffdoctor.data.loop.rounds import fingerprint, weights_of_round
 from diffusers_diffdoctor.data.loop.settings import arguments, named
 from diffusers_diffdoctor.data.schema import encode_png
 from diffusers_diffdoctor.detector.architectures import new_detector
@@ -86,6 +86,17 @@ def test_sections_become_words():
     ]
     assert named("a/b/c.parquet") == ("c", "a/b/c.parquet") and named("x=a/b:test") == ("x", "a/b:test")
     assert named("a/b:test") == ("b", "a/b:test")
+
+
+def test_photographs_have_the_same_share_of_the_draws_in_every_round():
+    weights = {"annotated": 1, "photos": 4, "masks": 2, "pseudo": 1}
+    for sources, expected in (
+        (["annotated", "photos"], {"annotated": 4, "photos": 4}),
+        (["annotated", "photos", "masks"], {"annotated": 2, "photos": 4, "masks": 2}),
+        (["annotated", "photos", "masks", "pseudo"], weights),
+        (["rendered", "photos"], {"photos": 4}),  # which `train-detector` refuses by name
+    ):
+        assert weights_of_round(weights, sources) == expected
 
 
 def test_content_counts_and_not_when_it_was_written(tmp_path):

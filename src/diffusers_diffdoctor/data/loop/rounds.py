@@ -14,7 +14,7 @@ pseudo-labels are taught from the second round on, is ours.
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,8 +238,8 @@ class Loop:
             datasets["pseudo"] = f"{self.of(number, 'mined')}:simple"
         section = {name: value for name, value in self.settings.train.items() if name != "model"}
         weights = section.get("source_weights")
-        if isinstance(weights, dict):  # of what there is in this round
-            section["source_weights"] = {name: weight for name, weight in weights.items() if name in datasets}
+        if isinstance(weights, dict):
+            section["source_weights"] = weights_of_round(weights, list(datasets))
         output = self.of(number, "detector")
         words = ["train-detector", "--train_dataset", *(f"{name}={path}" for name, path in datasets.items())]
         words += ["--model", model, *arguments(section, "_"), "--output_dir", str(output)]
@@ -333,6 +333,21 @@ class Loop:
             if len(pictures) == SHOWN:
                 break
         return pictures
+
+
+def weights_of_round(weights: Mapping[str, float], sources: Sequence[str]) -> dict[str, float]:
+    """The weights of what there is in a round. What `masks` and `pseudo` do not take yet goes to the first source, so that every other
+    source, such as photographs, has the same share of the draws in each round.
+
+    Args:
+        weights: of a source each, those of later rounds too.
+        sources: of the round, the first of `train_dataset` first.
+    """
+    later = set(weights) - set(sources)
+    found = {name: weight for name, weight in weights.items() if name not in later}
+    if sources[0] in found:
+        found[sources[0]] += sum(weights[name] for name in later)
+    return found
 
 
 # --- what lies on the disk ---------------------------------------------------------------------------------------------------------

@@ -36,7 +36,8 @@ class LoopSettings:
         prompts, synthesize: sections, both or neither: new images of what stands out.
         annotate: `copies` (masks of an image, 1), `share` (of the masks that must be there before the round goes on, 1.0).
         train: section of `train-detector`. Its `model` is by default the detector of the round before. Its `source_weights` may name
-            `masks` (what people painted in all rounds) and `pseudo` beside the names of `train_dataset`.
+            `masks` (what people painted in all rounds) and `pseudo` beside the names of `train_dataset`; where a round has none, the
+            first of `train_dataset` is drawn as often more, so that the share of the others stays.
 
     Raises:
         ValueError: a value is of another type or out of range; it is named.
