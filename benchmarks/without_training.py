@@ -35,23 +35,23 @@ from diffusers_diffdoctor.seeds import derive_seed
 ROOT = Path(__file__).parents[1]
 BEST_OF = 4
 STEPS = 8
+PROMPTS = {"max_sequence_length": 12}  # what the miniature was trained with
 Draw = Callable[[list[str], list[int]], torch.Tensor]
 
 
 class Ways:
     """Each way, from prompts and seeds to images (N, 3, 64, 64) in [0, 1]."""
 
-    def __init__(self, strength: float, tries: int, lora: Path | None):
+    def __init__(self, strength: float, repairing: dict, lora: Path | None):
         self.pipeline = FluxPipeline.from_pretrained(load("pipeline"), torch_dtype=torch.float32)
         self.inpainting = FluxInpaintPipeline.from_pipe(self.pipeline, torch_dtype=torch.float32)
         for pipeline in (self.pipeline, self.inpainting):
             pipeline.set_progress_bar_config(disable=True)
         self.detector = ArtifactDetectorForSemanticSegmentation.from_pretrained(load("detector")).eval()
-        self.strength, self.tries, self.lora = strength, tries, lora
+        self.strength, self.repairing, self.lora = strength, repairing, lora
 
     def _rollout(self) -> DifferentiableRollout:
-        size = {"height": 64, "width": 64, "max_sequence_length": 12}
-        return DifferentiableRollout(self.pipeline, num_inference_steps=STEPS, **size)
+        return DifferentiableRollout(self.pipeline, num_inference_steps=STEPS, height=64, width=64, **PROMPTS)
 
     def plain(self, texts: list[str], seeds: list[int]) -> torch.Tensor:
         return self._rollout().generate(texts, seeds, batch_size=48)
@@ -79,8 +79,8 @@ class Ways:
         """Of plain images; the detector judges its own work, as without a second one."""
         repaired = []
         for image, text, seed in zip(self.plain(texts, seeds), texts, seeds):
-            options = {"tries": self.tries, "seed": seed, "steps": STEPS, "size": 64, "strength": 0.9, "growth": 0.06}
-            done = repair(to_pil(image), self.inpainting, self.detector, prompt=text, **options)
+            options = {"prompt": text, "seed": seed, "steps": STEPS, "size": 64, **self.repairing}
+            done = repair(to_pil(image), self.inpainting, self.detector, pipeline_kwargs=PROMPTS, **options)
             repaired.append(to_image_tensor(done.image))
         return torch.stack(repaired)
 
@@ -137,6 +137,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--count", type=int, default=144, help="images for each way and seed (default: %(default)s)")
     parser.add_argument("--strength", type=float, default=0.1, help="of guidance (default: %(default)s)")
     parser.add_argument("--tries", type=int, default=4, help="of repair (default: %(default)s)")
+    parser.add_argument("--noise", type=float, default=0.9, help="strength of repair (default: %(default)s)")
+    parser.add_argument("--growth", type=float, default=0.06, help="of what repair draws anew (default: %(default)s)")
+    parser.add_argument("--context", type=float, default=0.5, help="of repair, inf for all (default: %(default)s)")
     parser.add_argument("--lora", type=Path, help="folder of a treated LoRA, to be compared too")
     parser.add_argument("--ways", nargs="+", default=["best_of", "guidance", "repair"], help="(default: all)")
     parser.add_argument(
@@ -144,8 +147,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    ways = Ways(args.strength, args.tries, args.lora)
-    settings = {"guidance": {"strength": args.strength}, "repair": {"tries": args.tries}}
+    repairing = {"tries": args.tries, "strength": args.noise, "growth": args.growth, "context": args.context}
+    ways = Ways(args.strength, repairing, args.lora)
+    settings = {"guidance": {"strength": args.strength}, "repair": repairing}
     cells: dict[str, list[dict]] = {}
     for way in ["plain", *args.ways, *(["treated"] if args.lora else [])]:
         for seed in args.seeds:

@@ -3,6 +3,8 @@
 
 import inspect
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,9 @@ from .loading import dtype_argument, errors_named
 
 
 MULTIPLE = 64  # of pixels: no pipeline wants a coarser one
+OWN = {
+    "prompt", "image", "mask_image", "width", "height", "num_inference_steps", "strength", "generator", "output_type", "return_dict",
+}  # fmt: skip
 
 
 def load_inpainting_pipeline(pipeline: str | os.PathLike, device: str = "cpu", dtype: str = "float32"):
@@ -28,8 +33,26 @@ def load_inpainting_pipeline(pipeline: str | os.PathLike, device: str = "cpu", d
     return loaded.to(device)
 
 
+def check_pipeline_kwargs(pipeline, pipeline_kwargs: Mapping[str, Any]) -> None:
+    """A `ValueError` that names what the pipeline does not take, or what is said by arguments of our own."""
+    known = inspect.signature(pipeline.__call__).parameters
+    for name in pipeline_kwargs:
+        if name in OWN:
+            raise ValueError(f"`pipeline_kwargs` has {name!r}, for which there is an argument of its own. Remove it.")
+        if name not in known:
+            raise ValueError(f"`pipeline_kwargs` has {name!r}, which {type(pipeline).__name__} does not take.")
+
+
 def inpainted(
-    pipeline, image: np.ndarray, region: np.ndarray, prompt: str, steps: int, strength: float, size: int, seed: int
+    pipeline,
+    image: np.ndarray,
+    region: np.ndarray,
+    prompt: str,
+    steps: int,
+    strength: float,
+    size: int,
+    seed: int,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
 ) -> np.ndarray | None:
     """What an inpainting pipeline draws in a region.
 
@@ -42,6 +65,7 @@ def inpainted(
         strength: share in (0, 1] of the noise from which it starts; 1 forgets what was there.
         size: pixels of the longer side at which it draws, a multiple of 64; the image is brought to that size and back.
         seed: of the noise.
+        pipeline_kwargs: what else the pipeline is called with, see [`check_pipeline_kwargs`].
 
     Returns:
         float32 (H, W, 3) in [0, 255], the whole image as the pipeline returns it; None where it returns nothing (black, which is a
@@ -65,7 +89,8 @@ def inpainted(
     }
     known = inspect.signature(pipeline.__call__).parameters
     with torch.no_grad():
-        returned = pipeline(**{name: value for name, value in arguments.items() if name in known})
+        taken = {name: value for name, value in arguments.items() if name in known}
+        returned = pipeline(**taken, **(pipeline_kwargs or {}))
     drawn = np.asarray(returned.images[0], np.float32)
     if not np.isfinite(drawn).all() or not drawn.any():
         return None

@@ -101,6 +101,14 @@ def test_the_same_seed_repairs_alike_and_another_otherwise(pipeline):
     assert one.tries != other.tries
 
 
+def test_the_pipeline_is_called_with_what_else_is_asked(pipeline):
+    plain, short, same = (
+        repair(spotted(), pipeline, Red(), pipeline_kwargs=more, **OPTIONS | {"tries": 1})
+        for more in (None, {"max_sequence_length": 4}, {"max_sequence_length": 512})
+    )
+    assert plain.tries == same.tries != short.tries
+
+
 def test_where_no_try_is_better_the_image_stays(pipeline):
     flat = np.full((64, 64, 3), 127, np.uint8)
     flat[20:30, 20:30] = (140, 120, 120)
@@ -128,6 +136,8 @@ def test_a_sound_image_is_not_touched(pipeline):
         ({"size": 100}, "`size`.*100"),
         ({"threshold": 0.0}, "`threshold`.*0.0"),
         ({"growth": -0.1}, "`growth`.*-0.1"),
+        ({"pipeline_kwargs": {"strength": 1.0}}, "`pipeline_kwargs` has 'strength'.*of its own"),
+        ({"pipeline_kwargs": {"strenght": 1.0}}, "`pipeline_kwargs` has 'strenght', which FluxInpaintPipeline"),
         ({"context": -1.0}, "`context`.*-1.0"),
         ({"context": math.nan}, "`context`.*nan"),
     ],
@@ -182,6 +192,7 @@ def test_files_are_repaired_counted_and_done_once(tmp_path, saved, capsys):
     (images / "broken.png").write_bytes((images / "0.png").read_bytes()[:300])
     command = ["repair", str(images), "-o", str(tmp_path / "out"), "--detector", "miniature", "--pipeline", saved]
     command += ["--tries", "2", "--steps", "2", "--size", "64", "--context", "inf", "--device", "cpu"]
+    command += ["--pipeline-kwargs", '{"max_sequence_length": 16}']
     assert main(command) == 0
     told = capsys.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "out/repair.jsonl").read_text().splitlines()]
@@ -205,5 +216,8 @@ def test_wrong_flags_are_named_before_anything_is_loaded(tmp_path, capsys):
     command = ["repair", str(tmp_path), "-o", str(tmp_path / "out"), "--detector", "none", "--pipeline", "none"]
     assert main([*command, "--tries", "0"]) != 0
     assert "`tries` must be at least 1, got 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([*command, "--pipeline-kwargs", "3"])
+    assert "must be a JSON object" in capsys.readouterr().err
     assert main(["repair", str(tmp_path / "nothing"), *command[2:]]) != 0
     assert "nothing" in capsys.readouterr().err

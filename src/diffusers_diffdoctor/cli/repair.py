@@ -2,6 +2,7 @@
 """`diffdoctor repair PATH... --output DIR`: draw anew what a detector marks, by any inpainting pipeline."""
 
 import argparse
+import json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much of the image the pipeline sees around a region, in shares of its longer side; inf for the whole image "
         "(default: %(default)s)",
     )
+    parser.add_argument(
+        "--pipeline-kwargs",
+        type=named_values,
+        default={},
+        metavar="JSON",
+        help="what else the pipeline is called with, such as '{\"max_sequence_length\": 256}'",
+    )
     parser.add_argument("--device", default=None, help="such as cpu, cuda, cuda:1, mps; by default the best there is")
     parser.add_argument(
         "--precision",
@@ -72,9 +80,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def named_values(text: str) -> dict:
+    """A JSON object."""
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"guidance_scale": 3.5}}, found {text!r}')
+    return found
+
+
 def run(args: argparse.Namespace) -> int:
     from ..files import FolderInUse, find_images
-    from ..inpainting import load_inpainting_pipeline
+    from ..inpainting import check_pipeline_kwargs, load_inpainting_pipeline
     from ..loading import weights_sha256
     from ..repair import check_repair, repair
     from ..repair.files import repair_images
@@ -83,11 +102,13 @@ def run(args: argparse.Namespace) -> int:
     options = ("prompt", "tries", "seed", "threshold", "growth", "feather", "strength", "steps", "size", "context")
     settings = {name: getattr(args, name) for name in options}
     check_repair(**{name: value for name, value in settings.items() if name not in ("prompt", "seed")})
+    settings["pipeline_kwargs"] = args.pipeline_kwargs
     find_images(args.paths)  # a wrong path is said before anything is loaded
     device = args.device or best_device()
     detector = load_detector(args.detector, device)
     judge = load_detector(args.judge, device) if args.judge else detector
     pipeline = load_inpainting_pipeline(args.pipeline, device, args.precision)
+    check_pipeline_kwargs(pipeline, args.pipeline_kwargs)
     made_by = settings | {
         "detector": weights_sha256(detector),
         "judge": weights_sha256(judge),

@@ -1,7 +1,9 @@
 # Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
 """Repair an image: what the detector marks is drawn anew, and the rest stays as it was, to the bit."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from PIL import Image
 
 from ..evaluation.metrics import dilate
 from ..images import ImageSource, read_image, to_image_tensor
-from ..inpainting import inpainted
+from ..inpainting import check_pipeline_kwargs, inpainted
 from ..seeds import derive_seed
 
 
@@ -103,6 +105,7 @@ def repair(
     steps: int = 30,
     size: int = 512,
     context: float = 0.5,
+    pipeline_kwargs: Mapping[str, Any] | None = None,
 ) -> Repaired:
     """Draw anew what the detector marks, several times, and keep the best by a judge.
 
@@ -124,12 +127,16 @@ def repair(
         size: pixels of the longer side of the window that the pipeline sees, a multiple of 64.
         context: how much of the image the window shows on each side of the regions, in shares of their longer side; `math.inf` for the
             whole image, which pipelines need that draw whole scenes only.
+        pipeline_kwargs: what else the pipeline is called with, such as `guidance_scale`, or the `max_sequence_length` that it was
+            trained with.
 
     Raises:
         ValueError: an argument out of its range.
         UnreadableImage: a file that cannot be read.
     """
     check_repair(threshold, growth, feather, tries, strength, steps, size, context)
+    pipeline_kwargs = dict(pipeline_kwargs or {})
+    check_pipeline_kwargs(pipeline, pipeline_kwargs)
     picture = read_image(image)
     region = artifact_regions(_confidence(detector, picture), threshold, growth, feather).cpu().numpy()
     judge = judge or detector
@@ -142,7 +149,8 @@ def repair(
     best, scores = (before, picture, None), []
     for number in range(tries):
         own = derive_seed("repair", seed, number)
-        drawn = inpainted(pipeline, old[place].astype(np.float32), region[place], prompt, steps, strength, size, own)
+        shows = old[place].astype(np.float32), region[place]
+        drawn = inpainted(pipeline, *shows, prompt, steps, strength, size, own, pipeline_kwargs)
         if drawn is None:
             scores.append(float("inf"))
             continue
