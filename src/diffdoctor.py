@@ -22,6 +22,7 @@ from types import ModuleType
 # command -> what it does
 COMMANDS = {
     "diagnose": "find the artifacts in images: heatmaps, a ranked report, the cleanest images",
+    "score": "score images by rewards of whole images and the detector: a table",
     "treat": "train a LoRA against a detector and report before and after",
     "ddpo": "raise any reward of a pipeline's images by policy gradient",
     "dpo": "learn from pairs of images of which one was preferred",

@@ -31,7 +31,7 @@ def test_what_is_accepted_as_a_reward():
     assert output.map is None and output.loss.requires_grad and not output.score.requires_grad
     verdict = RewardOutput(loss=torch.zeros(2), score=torch.ones(2))
     assert as_reward(lambda images, prompts: verdict)(images, ["", ""]) is verdict
-    for wrong in (3, "detector", None, torch.nn.Linear):
+    for wrong in (3, None, torch.nn.Linear):
         with pytest.raises(TypeError, match="A reward must be a detector"):
             as_reward(wrong)
 

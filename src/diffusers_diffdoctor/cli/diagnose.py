@@ -100,6 +100,16 @@ def load_detector(name: str, device: str | None = None):
     Raises:
         ValueError: the device does not exist; and what [`find_detector`] raises.
     """
+    device = checked_device(device)
+    return open_detector(find_detector(name, "--detector"), device)
+
+
+def checked_device(device: str | None) -> str:
+    """The device, or the best there is.
+
+    Raises:
+        ValueError: the device does not exist.
+    """
     import torch
 
     device = device or best_device()
@@ -107,7 +117,7 @@ def load_detector(name: str, device: str | None = None):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"`--device {device}` cannot be used here: {str(error).splitlines()[0]}") from error
-    return open_detector(find_detector(name, "--detector"), device)
+    return device
 
 
 def best_device(local_rank: int = 0) -> str:

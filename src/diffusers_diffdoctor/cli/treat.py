@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -25,6 +26,8 @@ from datasets import Dataset
 from .. import miniature
 from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
 from ..files import FolderInUse
+from ..rewards import named_reward
+from ..rewards.registry import check_reward_name
 from ..treatment import PixelRewardConfig, PixelRewardTrainer
 from ..treatment.adapter import loading_lines
 from ..treatment.config import DTYPES
@@ -53,6 +56,13 @@ class ScriptArguments:
     detector: str | None = field(
         default=None,
         metadata={"help": "Artifact detector to train against; only the miniature brings its own."},
+    )
+    reward: list[str] = field(
+        default_factory=lambda: ["detector"],
+        metadata={
+            "help": "What to train against: detector, aesthetic, clip, hpsv2, image_reward, pickscore, each with its published weights "
+            "or as NAME=WHERE, or several with `--reward_weights`. Beside a reward of whole images, the detector keeps artifacts away."
+        },
     )
     judge: str | None = field(default=None, metadata={"help": "Second detector, only to judge the result."})
     prompts: str | None = field(
@@ -108,6 +118,11 @@ class ScriptArguments:
                 f"`--instance_prompt` is {self.instance_prompt!r} with `--prompts` {self.prompts!r}: give one of them, a text or a "
                 "file of texts."
             )
+        for name in self.reward or [""]:
+            try:
+                check_reward_name(name, ("detector",))
+            except ValueError as error:
+                raise ValueError(f"`--reward`: {error}") from error
         if self.split not in ("final", "development"):
             raise ValueError(f"`--split` is {self.split!r}, but must be final or development.")
         if self.split == "development" and self.pipeline != "miniature":
@@ -154,6 +169,7 @@ class Inputs:
 
     pipeline: str
     detector: torch.nn.Module | None = None
+    rewards: list[Any] = field(default_factory=list)  # that is trained against
     prompts: Dataset | None = None
     eval_prompts: Dataset | None = None
     regularization: Dataset | None = None
@@ -172,7 +188,8 @@ def read_inputs(script: ScriptArguments, say: Callable[[str], None] = print) -> 
     not there. Models are loaded last, and the pipeline by the trainer.
     """
     own = script.pipeline == "miniature"
-    if not own and script.detector is None:
+    judged = script.judge is not None or not script.report_images
+    if not own and script.detector is None and ("detector" in script.reward or not judged):
         raise ValueError(f"`--detector` is missing: {NO_DEFAULT}")
     for argument in ("prompts", "eval_prompts", "regularization_dataset"):
         if getattr(script, argument) is not None:
@@ -206,7 +223,18 @@ def read_inputs(script: ScriptArguments, say: Callable[[str], None] = print) -> 
         inputs.detector = open_detector(detectors["detector"], "cpu")
     if "judge" in detectors:
         inputs.judge, inputs.judge_error_rates = open_detector(detectors["judge"], "cpu", "--judge"), None
+    # the miniature's world is not that of the published CLIP
+    given = {"detector": inputs.detector} | ({"clip": inputs.fidelity} if own else {})
+    inputs.rewards = [given[name] if name in given else named_reward(name) for name in script.reward]
     return inputs
+
+
+def check_weights(script: ScriptArguments, args: PixelRewardConfig) -> None:
+    if args.reward_weights is not None and len(args.reward_weights) != len(script.reward):
+        raise ValueError(
+            f"`--reward_weights` has {len(args.reward_weights)} entries for the {len(script.reward)} of `--reward` "
+            f"({', '.join(script.reward)}); give one for each."
+        )
 
 
 def check_data_is_there(name: str, argument: str) -> None:
@@ -324,13 +352,14 @@ def run(argv: Sequence[str], pipeline: str | None = None, recipe: str | None = N
     """
     try:
         script, args = parse(argv, pipeline, recipe, prog or "diffdoctor treat")
+        check_weights(script, args)
         resume = resume_point(args, PixelRewardTrainer)
         if args.base_lora is not None and not Path(args.base_lora).exists():
             check_reachable(args.base_lora, "--base_lora", "LoRA")
         inputs = read_inputs(script, say=print if args.process_index == 0 else lambda text: None)
         trainer = PixelRewardTrainer(
             pipeline=inputs.pipeline,
-            reward_funcs=inputs.detector,
+            reward_funcs=inputs.rewards,
             args=args,
             train_dataset=inputs.prompts,
             eval_dataset=inputs.eval_prompts,

@@ -10,6 +10,7 @@ from .endpoint import EndpointReward
 from .hpsv2 import HPSv2Reward
 from .image_reward import ImageRewardReward
 from .pickscore import PickScoreReward
+from .registry import named_reward
 
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "PickScoreReward",
     "RewardOutput",
     "as_reward",
+    "named_reward",
     "pixel_penalty",
 ]

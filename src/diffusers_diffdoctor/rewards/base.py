@@ -46,6 +46,7 @@ class CallableReward(nn.Module):
         super().__init__()
         self.function = function
         self.__name__ = getattr(function, "__name__", type(function).__name__)
+        self.reads_prompts = getattr(function, "reads_prompts", False)
 
     def forward(self, images: torch.Tensor, prompts: Sequence[str]) -> RewardOutput:
         output = self.function(images, prompts)

@@ -10,6 +10,7 @@ from torch import nn
 
 from .artifact import ArtifactReward
 from .base import CallableReward, RewardOutput
+from .registry import named_reward
 
 
 def as_reward(obj: Any, **kwargs) -> nn.Module:
@@ -23,9 +24,12 @@ def as_reward(obj: Any, **kwargs) -> nn.Module:
 
     Raises:
         TypeError: for anything else.
+        ValueError, OSError: a text that names no reward, or weights that are missing or wrong.
     """
     if isinstance(obj, (ArtifactReward, CombinedReward, CallableReward)):
         return obj
+    if isinstance(obj, str):
+        obj = named_reward(obj)
     if callable(getattr(obj, "confidence", None)):
         return ArtifactReward(obj, **kwargs)
     if callable(obj) and not isinstance(obj, type):

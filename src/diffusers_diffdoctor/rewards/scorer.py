@@ -14,6 +14,8 @@ class Scorer(nn.Module):
     differentiable with respect to the images. As a reward ([`as_reward`]) the loss is the negative score.
     """
 
+    reads_prompts = True
+
     def freeze(self) -> None:
         """To be called when all is built."""
         self.eval().requires_grad_(False)
@@ -26,7 +28,8 @@ class Scorer(nn.Module):
             raise ValueError(f"images must be float (B, 3, H, W) in [0, 1], got {images.dtype} {tuple(images.shape)}.")
         if isinstance(prompts, str) or len(prompts) != len(images):
             raise ValueError(f"Pass a list of one prompt per image: {len(images)} images, prompts {prompts!r:.80}.")
-        return self.score(images, list(prompts))
+        device = next(self.parameters()).device
+        return self.score(images.to(device), list(prompts)).to(images.device)
 
     def score(self, images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         raise NotImplementedError

@@ -19,6 +19,7 @@ import csv
 import io
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from datasets import Dataset, load_dataset
@@ -70,6 +71,39 @@ def read_prompt_file(name: str, column: str = "prompt") -> Dataset:
         )
     found = _column(dataset.column_names, column, repr(name))
     return dataset if found == "prompt" else dataset.rename_column(found, "prompt")
+
+
+def read_image_prompts(name: str, images: Sequence[Path], column: str = "prompt") -> list[str]:
+    """The prompt of each image.
+
+    Args:
+        name: a .csv, .jsonl or .json file whose rows have `file_name`, relative to its folder, and a prompt, as `metadata.jsonl` of an
+            image folder; or a file of [`read_prompt_file`] with as many prompts as there are images, in their order.
+        images: absolute paths.
+        column: what the column of the prompts is called there; where none is, "prompt" is taken.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is wrong, an image has no prompt in it, or there are more or fewer prompts than images.
+    """
+    path = Path(name)
+    prompts = list(read_prompt_file(name, column)["prompt"])
+    if path.suffix.lower() in FORMATS:
+        rows = [row for _, row in FORMATS[path.suffix.lower()](_decode(path), name)]
+        if all("file_name" in row for row in rows):
+            by_file = {str((path.parent / row["file_name"]).absolute()): prompt for row, prompt in zip(rows, prompts)}
+            left = [image for image in images if str(image) not in by_file]
+            if left:
+                raise ValueError(
+                    f"{name!r} has no prompt for {len(left)} of {len(images)} images, the first is {left[0]}."
+                )
+            return [by_file[str(image)] for image in images]
+    if len(prompts) != len(images):
+        raise ValueError(
+            f"{name!r} has {len(prompts)} prompts for {len(images)} images. Add a column `file_name`, or give one prompt for each "
+            "image, in the order of their names."
+        )
+    return prompts
 
 
 def distinct(dataset: Dataset) -> tuple[Dataset, int]:

@@ -1,0 +1,61 @@
+# Copyright 2026 The diffusers-diffdoctor authors. Licensed under the Apache License, Version 2.0.
+"""Rewards by name, as a command line names them."""
+
+import difflib
+from typing import Any
+
+from .aesthetic import AestheticReward
+from .clip import CLIPReward
+from .endpoint import EndpointReward
+from .hpsv2 import HPSv2Reward
+from .image_reward import ImageRewardReward
+from .pickscore import PickScoreReward
+
+
+# A reward of one's own is a line here, or a callable.
+REWARDS: dict[str, type] = {
+    "aesthetic": AestheticReward,
+    "clip": CLIPReward,
+    "hpsv2": HPSv2Reward,
+    "image_reward": ImageRewardReward,
+    "pickscore": PickScoreReward,
+}
+
+
+def named_reward(name: str) -> Any:
+    """The reward of a name: one of `REWARDS` with its published weights, `NAME=WHERE` with weights from an id, a folder or a file, or
+    the `http://` or `https://` address of an [`EndpointReward`].
+
+    Raises:
+        ValueError: there is no such name, or the weights are something else.
+        OSError: there are no such weights.
+    """
+    check_reward_name(name)
+    if _is_address(name):
+        return EndpointReward(name)
+    short, _, where = name.partition("=")
+    reward = REWARDS[short].from_pretrained
+    return reward(where) if where else reward()
+
+
+def check_reward_name(name: str, others: tuple[str, ...] = ()) -> None:
+    """Refuse a name that is none, before anything is loaded.
+
+    Args:
+        name: what [`named_reward`] takes.
+        others: names that the caller knows beside.
+    """
+    short = name.partition("=")[0]
+    known = (*others, *REWARDS)
+    if name in others or _is_address(name) or short in REWARDS:
+        return
+    close = difflib.get_close_matches(short, known, n=1)
+    meant = f", did you mean {close[0]!r}?" if close else "."
+    raise ValueError(
+        f"There is no reward {name!r}{meant} Name one of {', '.join(known)}, NAME=WHERE for weights from an id, a folder or a file, or "
+        "the http:// address of a server that scores."
+    )
+
+
+def _is_address(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
