@@ -17,6 +17,7 @@ from .configuration_artifact_detector import ArtifactDetectorConfig
 from .conversion import convert_detector_checkpoint
 from .image_processing_pil_artifact_detector import ArtifactDetectorImageProcessorPil
 from .modeling_artifact_detector import ArtifactDetectorForSemanticSegmentation
+from .modeling_artifact_scorer import ArtifactScorer, ArtifactScorerConfig
 from .pipeline_artifact_detection import TASK, ArtifactDetectionPipeline
 
 
@@ -33,6 +34,9 @@ AutoModelForSemanticSegmentation.register(
     ArtifactDetectorConfig, ArtifactDetectorForSemanticSegmentation, exist_ok=True
 )
 AutoImageProcessor.register(ArtifactDetectorConfig, image_processor_classes=_PROCESSORS, exist_ok=True)
+AutoConfig.register(ArtifactScorerConfig.model_type, ArtifactScorerConfig, exist_ok=True)
+AutoModelForSemanticSegmentation.register(ArtifactScorerConfig, ArtifactScorer, exist_ok=True)
+AutoImageProcessor.register(ArtifactScorerConfig, image_processor_classes=_PROCESSORS, exist_ok=True)
 PIPELINE_REGISTRY.register_pipeline(
     TASK, pipeline_class=ArtifactDetectionPipeline, pt_model=AutoModelForSemanticSegmentation, type="image"
 )
@@ -46,6 +50,8 @@ __all__ = [
     "ArtifactDetectorImageProcessorPil",
     "ArtifactDetectorTrainer",
     "ArtifactDetectorTrainingArguments",
+    "ArtifactScorer",
+    "ArtifactScorerConfig",
     "convert_detector_checkpoint",
 ]
 

@@ -3,6 +3,7 @@
 
 from .aesthetic import AestheticReward
 from .artifact import ArtifactReward, pixel_penalty
+from .artifact_scorer import ArtifactScorerReward
 from .base import RewardOutput
 from .clip import CLIPReward
 from .combined import CombinedReward, as_reward
@@ -16,6 +17,7 @@ from .registry import named_reward
 __all__ = [
     "AestheticReward",
     "ArtifactReward",
+    "ArtifactScorerReward",
     "CLIPReward",
     "CombinedReward",
     "EndpointReward",

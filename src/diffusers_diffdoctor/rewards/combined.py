@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..detector import ArtifactScorer
 from .artifact import ArtifactReward
+from .artifact_scorer import ArtifactScorerReward
 from .base import CallableReward, RewardOutput
 from .registry import named_reward
 
@@ -17,7 +19,8 @@ def as_reward(obj: Any, **kwargs) -> nn.Module:
     """Make a reward of what users pass: a module from images (B, 3, H, W) and B prompts to a [`RewardOutput`].
 
     Args:
-        obj: a detector (anything with a `confidence` method) becomes an [`ArtifactReward`]; a callable `(images,
+        obj: a detector (anything with a `confidence` method) becomes an [`ArtifactReward`], an [`ArtifactScorer`] scores whole
+            images; a callable `(images,
             prompts)` may return a [`RewardOutput`], or scores, whose negative is then the loss: a tensor (B,), or without a
             gradient a list of B numbers or an array (B,). Rewards of this package are returned as they are.
         **kwargs: `selection` and `threshold` of the [`ArtifactReward`]; unused for everything else.
@@ -30,6 +33,8 @@ def as_reward(obj: Any, **kwargs) -> nn.Module:
         return obj
     if isinstance(obj, str):
         obj = named_reward(obj)
+    if isinstance(obj, ArtifactScorer):  # whose map is of one piece
+        obj = ArtifactScorerReward(obj)
     if callable(getattr(obj, "confidence", None)):
         return ArtifactReward(obj, **kwargs)
     if callable(obj) and not isinstance(obj, type):

@@ -5,6 +5,7 @@ import difflib
 from typing import Any
 
 from .aesthetic import AestheticReward
+from .artifact_scorer import ArtifactScorerReward
 from .clip import CLIPReward
 from .endpoint import EndpointReward
 from .hpsv2 import HPSv2Reward
@@ -15,11 +16,13 @@ from .pickscore import PickScoreReward
 # A reward of one's own is a line here, or a callable.
 REWARDS: dict[str, type] = {
     "aesthetic": AestheticReward,
+    "artifact_scorer": ArtifactScorerReward,
     "clip": CLIPReward,
     "hpsv2": HPSv2Reward,
     "image_reward": ImageRewardReward,
     "pickscore": PickScoreReward,
 }
+TRAINED_BY_ONESELF = ("artifact_scorer",)
 
 
 def named_reward(name: str) -> Any:
@@ -45,7 +48,9 @@ def check_reward_name(name: str, others: tuple[str, ...] = ()) -> None:
         name: what [`named_reward`] takes.
         others: names that the caller knows beside.
     """
-    short = name.partition("=")[0]
+    short, _, where = name.partition("=")
+    if short in TRAINED_BY_ONESELF and not where:
+        raise ValueError(f"No {short} is published: say where yours is, {short}=WHERE.")
     known = (*others, *REWARDS)
     if name in others or _is_address(name) or short in REWARDS:
         return
