@@ -13,6 +13,7 @@ import pytest
 import torch
 from fixtures.pipelines import tiny_flux
 from fixtures.rows import photo_bytes, write_rows
+from fixtures.scorers import write_hpsv2
 from fixtures.trainer import HELD_OUT, PROMPTS, photos, rows, tiny_detector, tiny_trainer
 from PIL import Image
 
@@ -43,6 +44,9 @@ STANDS_FOR = {
     'DiffusionDPOConfig(output_dir="preferred"': 'DiffusionDPOConfig(output_dir="preferred", **SMALL',
     'output_dir="detector", ': 'output_dir="trained", use_cpu=True, max_steps=1, report_to="none", ',
     '"OpenGVLab/pvt_v2_b2"': '"detector"',
+    # the Hub
+    '"hpsv2"': '"hpsv2=hpsv2"',
+    'parts["hpsv2=hpsv2"]': 'parts["hpsv2"]',
     # a cluster
     "SlurmPipelineExecutor": "LocalPipelineExecutor",
     'time="02:00:00", partition="gpu", ': "",
@@ -68,6 +72,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("reader")
     tiny_detector().save_pretrained(folder / "detector")
     tiny_flux().save_pretrained(folder / "flux")
+    write_hpsv2(folder / "hpsv2")
     for name, size in (("image", (64, 48)), ("large", (640, 560))):
         Image.linear_gradient("L").resize(size).convert("RGB").save(folder / f"{name}.png")
     (folder / "prompts.csv").write_text("prompt\n" + "\n".join(PROMPTS) + "\n")
