@@ -47,7 +47,7 @@ def test_dpo_draws_its_pairs(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["ddpo", "--reward", "brightness"], "`--reward brightness` must be FILE.py:FUNCTION"),
+        (["ddpo", "--reward", "brightness"], "There is no reward 'brightness'.*FILE.py:FUNCTION"),
         (["ddpo", "--reward", "none.py:score"], "there is no file 'none.py'"),
         (["ddpo", "--reward", "reward.py:other"], "'reward.py' has no function 'other'"),
         (["ddpo", "--reward", "reward.py:score", "--prompts", "none.txt"], "there is no file 'none.txt'"),

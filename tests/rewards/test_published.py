@@ -339,12 +339,20 @@ def test_rewards_have_names(tmp_path, clip_folder):
     with torch.no_grad():
         expected = HPSv2Reward.from_pretrained(tmp_path)(pictures()[1], PROMPTS)
         torch.testing.assert_close(as_reward(f"hpsv2={tmp_path}")(pictures()[1], PROMPTS).score, expected)
+    (tmp_path / "mine.py").write_text("def dark(images, prompts):\n    return 1 - images.mean(dim=(1, 2, 3))\n")
+    images = pictures()[1]
+    torch.testing.assert_close(
+        as_reward(f"{tmp_path}/mine.py:dark")(images, PROMPTS).score, 1 - images.mean(dim=(1, 2, 3))
+    )
     for wrong, message in (
+        (f"{tmp_path}/mine.py:bright", "has no function 'bright'"),
         ("hspv2", "no reward 'hspv2', did you mean 'hpsv2'"),
         ("detector", "Name one of aesthetic, clip"),
         ("", "no reward ''"),
     ):
         with pytest.raises(ValueError, match=message):
             as_reward(wrong)
+    with pytest.raises(FileNotFoundError, match=r"there is no file 'none.py'"):
+        as_reward("none.py:dark")
     with pytest.raises(FileNotFoundError, match=r"has no HPS_v2.1_compressed.pt"):
         as_reward(f"hpsv2={clip_folder}")

@@ -7,10 +7,8 @@ Eight GPUs:
     accelerate launch --config_file examples/accelerate/multi_gpu.yaml -m diffdoctor ddpo ...
 """
 
-import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -18,6 +16,7 @@ from datasets import Dataset
 
 from .. import miniature
 from ..files import FolderInUse
+from ..rewards import named_reward
 from ..treatment import DDPOConfig, DDPOTrainer, TreatmentTrainer
 from ..treatment.prompt_files import distinct, hold_out
 from .diagnose import find_detector, open_detector
@@ -41,7 +40,8 @@ class ScriptArguments:
         default=None,
         metadata={
             "help": "FILE.py:FUNCTION, called with (images, prompts): images (B, 3, H, W) in [0, 1], it returns B scores, higher is "
-            "better. Several are weighed by `--reward_weights`, the detector being the last."
+            "better; or hpsv2, pickscore and the like, or the http:// address of a server, as for `diffdoctor score`. Several are "
+            "weighed by `--reward_weights`, the detector being the last."
         },
     )
     detector: str | None = field(
@@ -130,32 +130,12 @@ def pipeline_of(script: ScriptArguments) -> str:
 
 def read_rewards(script: ScriptArguments) -> list[Any]:
     """What the arguments name, the detector last."""
-    rewards = [function_of(name) for name in script.reward or ()]
+    rewards = [named_reward(name) for name in script.reward or ()]
     if script.detector is not None:
         rewards.append(open_detector(find_detector(script.detector, "--detector"), "cpu"))
     elif script.pipeline == "miniature" and not rewards:
         rewards.append(open_detector(miniature.load("detector"), "cpu"))
     return rewards
-
-
-def function_of(name: str) -> Callable:
-    """`FILE.py:FUNCTION` -> the function. The file is run.
-
-    Raises:
-        ValueError: another form, or the file has no such function.
-        FileNotFoundError: there is no such file.
-    """
-    file, _, function = name.rpartition(":")
-    if not file.endswith(".py") or not function:
-        raise ValueError(
-            f"`--reward {name}` must be FILE.py:FUNCTION, a function of (images, prompts) that returns a score for each."
-        )
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"`--reward {name}`: there is no file {file!r}.")
-    found = runpy.run_path(file).get(function)
-    if not callable(found):
-        raise ValueError(f"`--reward {name}`: {file!r} has no function {function!r}.")
-    return found
 
 
 def read_prompts(script: ScriptArguments) -> tuple[Dataset, Dataset]:

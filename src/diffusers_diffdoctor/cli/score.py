@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         metavar="NAME",
         help="aesthetic, clip, hpsv2, image_reward, pickscore, each with its published weights or as NAME=WHERE with those of an id, a "
-        "folder or a file; the http:// address of a server; or detector",
+        "folder or a file; FILE.py:FUNCTION of (images, prompts); the http:// address of a server; or detector",
     )
     parser.add_argument(
         "--detector", metavar="NAME", help="Hub id or folder of the detector of `--reward detector`; or miniature"
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.reward:
         try:
             check_reward_name(name, (DETECTOR,))
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise ValueError(f"`--reward`: {error}") from error
     if args.batch_size < 1:
         raise ValueError(f"`--batch-size` must be at least 1, found {args.batch_size}.")

@@ -61,7 +61,7 @@ class ScriptArguments:
         default_factory=lambda: ["detector"],
         metadata={
             "help": "What to train against: detector, aesthetic, clip, hpsv2, image_reward, pickscore, each with its published weights "
-            "or as NAME=WHERE, or several with `--reward_weights`. Beside a reward of whole images, the detector keeps artifacts away."
+            "or as NAME=WHERE, FILE.py:FUNCTION, or several with `--reward_weights`. Beside a reward of whole images, the detector keeps artifacts away."
         },
     )
     judge: str | None = field(default=None, metadata={"help": "Second detector, only to judge the result."})
@@ -121,7 +121,7 @@ class ScriptArguments:
         for name in self.reward or [""]:
             try:
                 check_reward_name(name, ("detector",))
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 raise ValueError(f"`--reward`: {error}") from error
         if self.split not in ("final", "development"):
             raise ValueError(f"`--split` is {self.split!r}, but must be final or development.")

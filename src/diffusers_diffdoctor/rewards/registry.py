@@ -2,6 +2,9 @@
 """Rewards by name, as a command line names them."""
 
 import difflib
+import runpy
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from .aesthetic import AestheticReward
@@ -26,16 +29,18 @@ TRAINED_BY_ONESELF = ("artifact_scorer",)
 
 
 def named_reward(name: str) -> Any:
-    """The reward of a name: one of `REWARDS` with its published weights, `NAME=WHERE` with weights from an id, a folder or a file, or
-    the `http://` or `https://` address of an [`EndpointReward`].
+    """The reward of a name: one of `REWARDS` with its published weights; `NAME=WHERE` with weights from an id, a folder or a file; the
+    `http://` or `https://` address of an [`EndpointReward`]; or `FILE.py:FUNCTION`, whose file is run.
 
     Raises:
-        ValueError: there is no such name, or the weights are something else.
-        OSError: there are no such weights.
+        ValueError: there is no such name or function, or the weights are something else.
+        OSError: there are no such weights, or no such file.
     """
     check_reward_name(name)
     if _is_address(name):
         return EndpointReward(name)
+    if _file_of(name):
+        return _function_of(name)
     short, _, where = name.partition("=")
     reward = REWARDS[short].from_pretrained
     return reward(where) if where else reward()
@@ -54,13 +59,31 @@ def check_reward_name(name: str, others: tuple[str, ...] = ()) -> None:
     known = (*others, *REWARDS)
     if name in others or _is_address(name) or short in REWARDS:
         return
+    file = _file_of(name)
+    if file:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"Of the reward {name!r} there is no file {file!r}.")
+        return
     close = difflib.get_close_matches(short, known, n=1)
     meant = f", did you mean {close[0]!r}?" if close else "."
     raise ValueError(
-        f"There is no reward {name!r}{meant} Name one of {', '.join(known)}, NAME=WHERE for weights from an id, a folder or a file, or "
-        "the http:// address of a server that scores."
+        f"There is no reward {name!r}{meant} Name one of {', '.join(known)}, NAME=WHERE for weights from an id, a folder or a file, "
+        "FILE.py:FUNCTION for one of your own, or the http:// address of a server that scores."
     )
 
 
 def _is_address(name: str) -> bool:
     return name.startswith(("http://", "https://"))
+
+
+def _file_of(name: str) -> str | None:
+    file, _, function = name.rpartition(":")
+    return file if file.endswith(".py") and function else None
+
+
+def _function_of(name: str) -> Callable:
+    file, _, function = name.rpartition(":")
+    found = runpy.run_path(file).get(function)
+    if not callable(found):
+        raise ValueError(f"Of the reward {name!r}, the file {file!r} has no function {function!r}.")
+    return found
