@@ -100,7 +100,14 @@ def settings(world: Path, output: Path, url: str, share: float) -> dict:
         "label": {"full_size": True, "batch_size": 100},
         "balance": {"min_images": 20},
         "prompts": {"model": "grammar", "base_url": url, "count": 20, "similarity": 1.0},
-        "synthesize": {"pipeline": str(load("pipeline")), "steps": [4], "batch_size": 20, "width": 64, "height": 64},
+        "synthesize": {
+            "pipeline": str(load("pipeline")),
+            "steps": [4],
+            "batch_size": 20,
+            "width": 64,
+            "height": 64,
+            "pipeline_kwargs": {"max_sequence_length": 12},  # what it was trained with
+        },
         "mine": {"count": max(12, round(HARD * share)), "batch_size": 100},
         "train": {
             "config": "small",

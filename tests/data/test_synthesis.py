@@ -77,6 +77,7 @@ def test_synthesize_is_what_the_pipeline_makes(tmp_path, capsys):
     (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": prompt, "category": "hand", "seed": 7}) + "\n")
     command = ["data", "synthesize", str(tmp_path / "prompts.jsonl"), "--pipeline", folder, "--steps", "1", "2"]
     command += ["-o", str(tmp_path / "out"), "--device", "cpu", "--width", "64", "--height", "64"]
+    command += ["--pipeline-kwargs", '{"max_sequence_length": 12}']
     assert main([*command, "--rank", "0", "--world-size", "2"]) == 0
     assert "Others are not yet" in capsys.readouterr().out
     assert main([*command, "--rank", "1", "--world-size", "2"]) == 0
@@ -87,8 +88,15 @@ def test_synthesize_is_what_the_pipeline_makes(tmp_path, capsys):
     ]
     pipeline = DiffusionPipeline.from_pretrained(folder)
     generator = torch.Generator().manual_seed(7)
-    image = pipeline(prompt, num_inference_steps=2, generator=generator, width=64, height=64).images[0]
+    options = {"width": 64, "height": 64, "max_sequence_length": 12}
+    image = pipeline(prompt, num_inference_steps=2, generator=generator, **options).images[0]
     assert np.array_equal(np.asarray(decode_image(rows[1])), np.asarray(image))
+    for more, words in (("3", "must be a JSON object"), ('{"width": 3}', "`pipeline_kwargs` has 'width'")):
+        try:
+            assert main([*command, "--pipeline-kwargs", more]) == 1
+        except SystemExit as end:
+            assert end.code == 2
+        assert words in capsys.readouterr().err
 
 
 def test_a_pipeline_that_fails_stops_no_other_and_is_tried_again(tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ On several GPUs: accelerate launch -m diffdoctor data synthesize ..., with the s
 import argparse
 
 from .data import add_output, add_place, device_of, place, precision_on, run_stage_of
+from .pipelines import add_pipeline_kwargs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, help="in pixels; by default the pipeline's own")
     parser.add_argument("--height", type=int, help="in pixels; by default the pipeline's own")
     parser.add_argument("--guidance-scale", type=float, help="by default the pipeline's own")
+    add_pipeline_kwargs(parser)
     parser.add_argument("--seed", type=int, default=0, help="for prompts without one (default: %(default)s)")
     parser.add_argument("--precision", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--batch-size", type=int, default=1, help="images at a time (default: %(default)s)")
@@ -38,5 +40,7 @@ def run(args: argparse.Namespace) -> int:
     shards = prompt_shards(rows, args.pipeline, args.steps, images=args.images, seed=args.seed, size=args.shard_rows)
     device = device_of(args)
     precision = precision_on(device, args.precision)
-    stage = Synthesize(args.width, args.height, args.guidance_scale, precision, args.batch_size, device)
+    stage = Synthesize(
+        args.width, args.height, args.guidance_scale, precision, args.batch_size, device, args.pipeline_kwargs
+    )
     return run_stage_of(args, stage, shards, **place(args))

@@ -2,7 +2,8 @@
 """`diffdoctor repair PATH... --output DIR`: draw anew what a detector marks, by any inpainting pipeline."""
 
 import argparse
-import json
+
+from .pipelines import add_pipeline_kwargs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,13 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how much of the image the pipeline sees around a region, in shares of its longer side; inf for the whole image "
         "(default: %(default)s)",
     )
-    parser.add_argument(
-        "--pipeline-kwargs",
-        type=named_values,
-        default={},
-        metavar="JSON",
-        help="what else the pipeline is called with, such as '{\"max_sequence_length\": 256}'",
-    )
+    add_pipeline_kwargs(parser)
     parser.add_argument("--device", default=None, help="such as cpu, cuda, cuda:1, mps; by default the best there is")
     parser.add_argument(
         "--precision",
@@ -78,17 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="of the pipeline (default: %(default)s)",
     )
-
-
-def named_values(text: str) -> dict:
-    """A JSON object."""
-    try:
-        found = json.loads(text)
-    except ValueError:
-        found = None
-    if not isinstance(found, dict):
-        raise argparse.ArgumentTypeError(f'must be a JSON object such as {{"guidance_scale": 3.5}}, found {text!r}')
-    return found
 
 
 def run(args: argparse.Namespace) -> int:

@@ -60,6 +60,9 @@ class PromptShard:
             }
 
 
+OWN = {"prompt", "num_inference_steps", "generator", "output_type", "return_dict", "width", "height", "guidance_scale"}
+
+
 @dataclass(frozen=True)
 class Synthesize(Stage):
     """Rows get the image that their pipeline makes of their prompt. What it cannot make is quarantined: where the pipeline cannot be
@@ -68,6 +71,7 @@ class Synthesize(Stage):
     Args:
         width, height: in pixels; the pipeline's own without them.
         guidance_scale: the pipeline's own without it.
+        pipeline_kwargs: what else every pipeline is called with, such as `max_sequence_length`.
         dtype: of the weights: float32, bfloat16, float16.
         batch_size: images at a time; each has a generator of its own seed.
         device: of torch.
@@ -79,6 +83,7 @@ class Synthesize(Stage):
     dtype: str = "float32"
     batch_size: int = 1
     device: str = field(default="cpu", compare=False)
+    pipeline_kwargs: dict[str, Any] = field(default_factory=dict)
 
     name: ClassVar[str] = "synthesize"
     columns: ClassVar[dict[str, Any]] = {"steps": Value("int32"), "seed": Value("int64")}
@@ -90,6 +95,8 @@ class Synthesize(Stage):
                 raise ValueError(f"`{name}` must be at least 1, found {value}.")
         if self.dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"`dtype` must be float32, bfloat16 or float16, found {self.dtype!r}.")
+        if taken := sorted(OWN & set(self.pipeline_kwargs)):
+            raise ValueError(f"`pipeline_kwargs` has {taken[0]!r}, which the stage sets. Remove it.")
 
     def process(self, rows: Iterator[Row], shard: Shard) -> Iterator[Result]:
         try:
@@ -119,6 +126,7 @@ class Synthesize(Stage):
                 generator=[torch.Generator("cpu").manual_seed(row["seed"]) for row in rows],
                 output_type="np",
                 **{name: value for name, value in options.items() if value is not None},
+                **self.pipeline_kwargs,
             ).images
         if len(images) != len(rows):
             raise ValueError(f"it gave {len(images)} images for {len(rows)} prompts")
