@@ -113,6 +113,10 @@ WRONG = {
         "did you mean --image-size?",
     ),
     "misspelt flag of miniature": ("miniature render --cuont 3", "--cuont", "did you mean --count?"),
+    "misspelt reward": ("score images --reward hspv2", "There is no reward 'hspv2'", "did you mean 'hpsv2'"),
+    "reward not reached": ("score images --reward hpsv2 --prompt a", "--reward xswu/HPSv2", "does not answer"),
+    "CLIP not reached": ("score images --reward clip --prompt a", "openai/clip-vit-large-patch14", ""),
+    "reward of treat": (f"{TREAT} --reward hspv2", "`--reward`: There is no reward 'hspv2'", "NAME=WHERE"),
     "misspelt flag of all": ("--tracebak diagnose images", "--tracebak", "did you mean --traceback?"),
     "misspelt recipe": ("treat --config sdlx --output_dir out", "--config sdlx", "sdxl"),
     "size that does not fit": (

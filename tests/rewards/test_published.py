@@ -347,7 +347,7 @@ def test_rewards_have_names(tmp_path, clip_folder):
     for wrong, message in (
         (f"{tmp_path}/mine.py:bright", "has no function 'bright'"),
         ("hspv2", "no reward 'hspv2', did you mean 'hpsv2'"),
-        ("detector", "Name one of aesthetic, clip"),
+        ("detector", "Name one of aesthetic, artifact_scorer, clip"),
         ("", "no reward ''"),
     ):
         with pytest.raises(ValueError, match=message):

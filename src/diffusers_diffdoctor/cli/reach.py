@@ -21,7 +21,7 @@ KINDS = {
 }  # and a file that each kind has
 
 
-def check_reachable(name: str, argument: str, kind: str = "model", remedy: str = "") -> None:
+def check_reachable(name: str, argument: str, kind: str = "model", remedy: str = "", file: str | None = None) -> None:
     """Refuse a name that leads nowhere. What lies in the cache is enough where the Hub does not answer, and then this process
     asks the Hub for nothing more, as with `HF_HUB_OFFLINE=1`.
 
@@ -30,6 +30,7 @@ def check_reachable(name: str, argument: str, kind: str = "model", remedy: str =
         argument: what errors call it, such as `--detector`.
         kind: one of `KINDS`.
         remedy: a last sentence for the errors.
+        file: that is looked for in the cache, where it is another than the kind's.
 
     Raises:
         OSError: it is no id, the Hub has no such repository, or cannot be reached. The message is one line.
@@ -39,7 +40,7 @@ def check_reachable(name: str, argument: str, kind: str = "model", remedy: str =
         validate_repo_id(name)
     except HFValidationError as error:
         raise FileNotFoundError(f"{here} no id of the Hub either: check the path. {remedy}".strip()) from error
-    cached = isinstance(try_to_load_from_cache(name, KINDS[kind], repo_type=_repo_type(kind)), str)
+    cached = isinstance(try_to_load_from_cache(name, file or KINDS[kind], repo_type=_repo_type(kind)), str)
     cached = cached or (kind == "dataset" and _prepared(name).is_dir())
     if cached and constants.HF_HUB_OFFLINE:
         return

@@ -3,9 +3,11 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..names import printable
+from .reach import check_reachable
 
 
 DETECTOR = "detector"
@@ -46,23 +48,19 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.scores import score_images
     from ..files import find_images
     from ..rewards import CombinedReward
-    from ..rewards.registry import check_reward_name
     from .diagnose import NO_DEFAULT, checked_device, find_detector, open_detector
 
-    for name in args.reward:
-        try:
-            check_reward_name(name, (DETECTOR,))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"`--reward`: {error}") from error
+    check_reward_names(args.reward)
     if args.batch_size < 1:
         raise ValueError(f"`--batch-size` must be at least 1, found {args.batch_size}.")
     if args.output is not None and not args.output.lower().endswith(SUFFIXES):
         raise ValueError(f"`--output {args.output}` must end in one of {', '.join(SUFFIXES)}.")
     if DETECTOR in args.reward and args.detector is None:
         raise ValueError(f"`--reward detector` needs a `--detector`, which is missing: {NO_DEFAULT}")
+    device = checked_device(args.device)
     found = find_images(args.paths)
     prompts = _prompts(args, found.images)
-    device = checked_device(args.device)
+    check_rewards_are_there(args.reward)
     rewards = CombinedReward(
         [
             open_detector(find_detector(args.detector, "--detector"), device) if name == DETECTOR else name
@@ -87,6 +85,29 @@ def run(args: argparse.Namespace) -> int:
         _write(Path(args.output), rows, quarantined, rewards.names)
         print(f"Table: {args.output}")
     return 0 if rows else 1
+
+
+def check_reward_names(names: Sequence[str]) -> None:
+    """Refuse what names no reward of `--reward`, before anything is loaded."""
+    from ..rewards.registry import check_reward_name
+
+    for name in names:
+        try:
+            check_reward_name(name, (DETECTOR,))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"`--reward`: {error}") from error
+
+
+def check_rewards_are_there(names: Sequence[str]) -> None:
+    """Refuse weights that the Hub does not have, without its long retries."""
+    from ..rewards.registry import REWARDS
+
+    for name in names:
+        short, _, where = name.partition("=")
+        if short in REWARDS:
+            published, file = REWARDS[short].published
+            if not Path(where or published).exists():
+                check_reachable(where or published, "--reward", file=file)
 
 
 def _prompts(args: argparse.Namespace, images: list[Path]) -> list[str]:

@@ -27,7 +27,6 @@ from .. import miniature
 from ..evaluation import ImagePairs, TreatmentRun, draw_pairs, measure, print_summary, render
 from ..files import FolderInUse
 from ..rewards import named_reward
-from ..rewards.registry import check_reward_name
 from ..treatment import PixelRewardConfig, PixelRewardTrainer
 from ..treatment.adapter import loading_lines
 from ..treatment.config import DTYPES
@@ -37,6 +36,7 @@ from ..treatment.samples import check_column
 from ..treatment.samples import read_prompts as prompts_of
 from .diagnose import NO_DEFAULT, find_detector, open_detector
 from .reach import check_reachable
+from .score import check_reward_names, check_rewards_are_there
 from .training import Parser, recipes_in, resume_point
 
 
@@ -118,11 +118,7 @@ class ScriptArguments:
                 f"`--instance_prompt` is {self.instance_prompt!r} with `--prompts` {self.prompts!r}: give one of them, a text or a "
                 "file of texts."
             )
-        for name in self.reward or [""]:
-            try:
-                check_reward_name(name, ("detector",))
-            except (ValueError, OSError) as error:
-                raise ValueError(f"`--reward`: {error}") from error
+        check_reward_names(self.reward)
         if self.split not in ("final", "development"):
             raise ValueError(f"`--split` is {self.split!r}, but must be final or development.")
         if self.split == "development" and self.pipeline != "miniature":
@@ -208,6 +204,7 @@ def read_inputs(script: ScriptArguments, say: Callable[[str], None] = print) -> 
         for argument in ("detector", "judge")
         if getattr(script, argument) is not None
     }
+    check_rewards_are_there([name for name in script.reward if not (own and name == "clip")])
     if not own:
         check_pipeline_is_there(script.pipeline)
     if photos is not None and not here:  # a download may take long

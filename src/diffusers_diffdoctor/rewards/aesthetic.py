@@ -43,6 +43,7 @@ class AestheticReward(Scorer):
     """
 
     __name__ = "aesthetic"
+    published = (WEIGHTS, FILE)
     reads_prompts = False
 
     def __init__(self, model: CLIPModel, head: nn.Module, image_processor):

@@ -21,6 +21,7 @@ class ArtifactScorerReward(Scorer):
     """
 
     __name__ = "artifact_scorer"
+    published = (None, "config.json")
     reads_prompts = False
 
     def __init__(self, model: ArtifactScorer):

@@ -80,6 +80,7 @@ class CLIPReward(CLIPScorer):
     """
 
     __name__ = "clip"
+    published = ("openai/clip-vit-large-patch14", "config.json")
 
     @classmethod
     def from_pretrained(cls, name: str | os.PathLike = "openai/clip-vit-large-patch14") -> "CLIPReward":

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from transformers import CLIPConfig, CLIPModel
+from transformers.initialization import no_init_weights
 
 from ..loading import load_state_dict
 from .clip import CLIPScorer
@@ -62,6 +63,7 @@ class HPSv2Reward(CLIPScorer):
     """
 
     __name__ = "hpsv2"
+    published = (WEIGHTS, FILE)
 
     def __init__(self, model: CLIPModel, tokenizer: Callable):
         super().__init__(model, tokenizer)
@@ -89,7 +91,8 @@ class HPSv2Reward(CLIPScorer):
         path = published_file(weights, filename)
         tensors = load_state_dict(path, "state_dict")
         tokenizer = load_tokenizer(tokenizer, weights, TOKENIZER)
-        model = CLIPModel(_config(tensors, path, tokenizer.eos_token_id))
+        with no_init_weights():  # half a minute, for weights that are all replaced
+            model = CLIPModel(_config(tensors, path, tokenizer.eos_token_id))
         # a constant that open_clip's older versions wrote down
         take_from_published(tensors, path, {"clip": (model, _source)}, unused=["attn_mask"])
         return cls(model, tokenizer)

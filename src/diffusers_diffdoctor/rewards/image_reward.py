@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BlipVisionModel
+from transformers.initialization import no_init_weights
 from transformers.models.blip.configuration_blip import BlipTextConfig, BlipVisionConfig
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -79,6 +80,7 @@ class ImageRewardReward(Scorer):
     """
 
     __name__ = "image_reward"
+    published = (WEIGHTS, FILE)
 
     def __init__(self, vision: BlipVisionModel, text: BlipTextModel, head: nn.Module, tokenizer: Callable):
         super().__init__()
@@ -111,8 +113,10 @@ class ImageRewardReward(Scorer):
         tensors = load_state_dict(path)
         if text_config is None:
             text_config = published_file(path.parent if Path(weights).exists() else weights, TEXT_CONFIG)
-        vision = BlipVisionModel(_vision_config(tensors, path))
-        text = BlipTextModel(_text_config(Path(text_config), vision.config.hidden_size), add_pooling_layer=False)
+        vision_config = _vision_config(tensors, path)
+        with no_init_weights():  # they are all replaced
+            vision = BlipVisionModel(vision_config)
+            text = BlipTextModel(_text_config(Path(text_config), vision_config.hidden_size), add_pooling_layer=False)
         head = regression_head(text.config.hidden_size)
         parts: dict[str, Any] = {
             "vision": (vision, _vision_source),

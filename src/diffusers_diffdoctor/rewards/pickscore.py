@@ -25,6 +25,7 @@ class PickScoreReward(CLIPScorer):
     """
 
     __name__ = "pickscore"
+    published = ("yuvalkirstain/PickScore_v1", "config.json")
 
     @classmethod
     def from_pretrained(

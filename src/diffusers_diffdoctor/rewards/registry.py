@@ -25,7 +25,6 @@ REWARDS: dict[str, type] = {
     "image_reward": ImageRewardReward,
     "pickscore": PickScoreReward,
 }
-TRAINED_BY_ONESELF = ("artifact_scorer",)
 
 
 def named_reward(name: str) -> Any:
@@ -54,7 +53,7 @@ def check_reward_name(name: str, others: tuple[str, ...] = ()) -> None:
         others: names that the caller knows beside.
     """
     short, _, where = name.partition("=")
-    if short in TRAINED_BY_ONESELF and not where:
+    if short in REWARDS and not where and REWARDS[short].published[0] is None:
         raise ValueError(f"No {short} is published: say where yours is, {short}=WHERE.")
     known = (*others, *REWARDS)
     if name in others or _is_address(name) or short in REWARDS:

@@ -15,6 +15,7 @@ class Scorer(nn.Module):
     """
 
     reads_prompts = True
+    published: tuple[str | None, str]  # id on the Hub, and the file of the weights, or one beside them
 
     def freeze(self) -> None:
         """To be called when all is built."""
