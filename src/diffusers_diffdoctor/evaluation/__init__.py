@@ -25,6 +25,7 @@ from .metrics import (
 )
 from .pairs import ImagePairs, measure
 from .report import html_report
+from .spectrum import spectral_growth, spectral_peaks
 from .treatment_report import PairPictures, TreatmentRun, draw_pairs, print_summary, render
 
 
@@ -62,6 +63,8 @@ __all__ = [
     "render",
     "roc_auc",
     "sharpness",
+    "spectral_growth",
+    "spectral_peaks",
     "to_pil",
     "wilson_interval",
 ]
