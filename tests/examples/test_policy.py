@@ -36,6 +36,7 @@ def test_ddpo(tmp_path):
     assert {"reward", "reward_std", "loss/policy"} <= log[0].keys()
 
 
+@pytest.mark.slow
 def test_dpo_draws_its_pairs(tmp_path):
     arguments = ["--num_pairs", "3", "--images_per_pair", "2", "--per_device_train_batch_size", "2"]
     said, log = start("dpo", tmp_path, "--reward", "reward.py:score", *arguments)

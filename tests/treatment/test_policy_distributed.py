@@ -63,7 +63,10 @@ def launch(folder, make, settings):
     return [torch.load(folder / f"run/rank-{rank}.pt", weights_only=False) for rank in (0, 1)]
 
 
-@pytest.mark.parametrize("make, settings", [(tiny_ddpo, "DDPO"), (tiny_dpo, "DPO")], ids=["ddpo", "dpo"])
+@pytest.mark.parametrize(
+    "make, settings",
+    [pytest.param(tiny_ddpo, "DDPO", id="ddpo"), pytest.param(tiny_dpo, "DPO", id="dpo", marks=pytest.mark.slow)],
+)
 def test_two_processes_make_the_updates_of_one_with_twice_the_batch(tmp_path, make, settings):
     ranks = launch(tmp_path, make.__name__, settings)
     one = make(tmp_path / "one", per_device_train_batch_size=2, **globals()[settings])
