@@ -140,7 +140,9 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict]]:
     parser.add_argument("--tries", type=int, default=4, help="of repair (default: %(default)s)")
     parser.add_argument("--noise", type=float, default=0.6, help="strength of repair (default: %(default)s)")
     parser.add_argument("--growth", type=float, default=0.06, help="of what repair draws anew (default: %(default)s)")
-    parser.add_argument("--context", type=float, default=math.inf, help="of repair, inf for all (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=float, default=math.inf, help="of repair, inf for all (default: %(default)s)"
+    )
     parser.add_argument("--lora", type=Path, help="folder of a treated LoRA, to be compared too")
     parser.add_argument("--ways", nargs="+", default=["best_of", "guidance", "repair"], help="(default: all)")
     parser.add_argument(

@@ -323,8 +323,10 @@ def _running_mean(values: Sequence[float], window: int) -> list[float]:
 
 
 def _is_bookkeeping(key: str) -> bool:
-    return key in ("epoch", "total_flos", "train_loss") or key.endswith(
-        ("_runtime", "_per_second", "_per_step", "_time")
+    return (
+        key in ("epoch", "total_flos", "train_loss")
+        or key.endswith(("_runtime", "_per_second", "_per_step", "_time"))
+        or key.startswith(("alarm/", "rollback/"))  # of single steps
     )
 
 

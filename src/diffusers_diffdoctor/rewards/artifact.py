@@ -48,6 +48,7 @@ class ArtifactReward(nn.Module):
         detector: anything with `confidence(images)` from (B, 3, H, W) in [0, 1] to (B, 1, H, W) in [0, 1]. If it is an
             `nn.Module`, it is set to `eval()`, where it stays, and frozen.
         selection, threshold: see [`pixel_penalty`].
+        clean_level: an image whose penalty is below this gives no gradient, in [0, 1); the paper has none.
 
     Calling it with images and prompts (which are not read) returns a [`RewardOutput`]: loss = pixel penalty, score =
     1 - highest confidence, map = the confidences, detached.
@@ -55,7 +56,7 @@ class ArtifactReward(nn.Module):
 
     __name__ = "artifact"
 
-    def __init__(self, detector: Any, selection: str = "threshold", threshold: float = 0.1):
+    def __init__(self, detector: Any, selection: str = "threshold", threshold: float = 0.1, clean_level: float = 0.0):
         if not callable(getattr(detector, "confidence", None)):
             raise TypeError(f"detector needs a `confidence(images)` method; {type(detector).__name__} has none.")
         pixel_penalty(torch.zeros(1, 1, 1, 1), selection, threshold)  # reject bad settings before the first batch
@@ -64,14 +65,18 @@ class ArtifactReward(nn.Module):
         self.eval().requires_grad_(False)
         self.selection = selection
         self.threshold = threshold
+        if not 0 <= clean_level < 1:
+            raise ValueError(f"clean_level must lie in [0, 1), got {clean_level}.")
+        self.clean_level = clean_level
 
     def train(self, mode: bool = True):
         return super().train(False)  # the batch norm of a training detector would mix the samples
 
     def forward(self, images: torch.Tensor, prompts: Sequence[str] | None = None) -> RewardOutput:
         maps = self.detector.confidence(images)
+        loss = pixel_penalty(maps, self.selection, self.threshold)
         return RewardOutput(
-            loss=pixel_penalty(maps, self.selection, self.threshold),
+            loss=torch.where(loss < self.clean_level, loss.detach(), loss),
             score=1 - maps.detach().flatten(1).amax(dim=1),
             map=maps.detach(),
         )

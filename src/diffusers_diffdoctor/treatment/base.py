@@ -19,7 +19,8 @@ from accelerate.utils import DistributedType, broadcast_object_list
 from diffusers import DiffusionPipeline
 from diffusers.training_utils import EMAModel
 from peft import PeftConfig
-from transformers import TrainerCallback, is_datasets_available, set_seed
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import EarlyStoppingCallback, TrainerCallback, is_datasets_available, set_seed
 from transformers.trainer_utils import speed_metrics
 from transformers.utils import logging
 
@@ -42,6 +43,7 @@ from .checkpoint import (
 )
 from .config import DTYPES, TreatmentConfig
 from .examine import Sample, draw, examine, mean_figures, show_in_trackers, write_training_report
+from .guards import GUARDS_FILE, RATE, Guards
 from .held_out import HeldOut
 from .memory import memory_errors_explained
 from .model_card import Treatment, write_model_card
@@ -84,7 +86,7 @@ class TreatmentTrainer(RunTrainer):
     }
     _method: str | None = None  # how a LoRA was trained, for its card, as the end of a sentence
     record_file = RECORD_FILE
-    private = (LIVE_LORA_FILE,)
+    private = (LIVE_LORA_FILE, GUARDS_FILE)
     outputs = (
         "*lora_weights.safetensors",
         "images/before_*.png",
@@ -131,6 +133,10 @@ class TreatmentTrainer(RunTrainer):
             raise TypeError(f"`judge` is a {type(judge).__name__}, but must have a method `confidence(images)`.")
         check_detector(judge, "judge")
         self.judge = judge
+        if (
+            judge is not None and args.best_metric_is_ours
+        ):  # nobody chose a figure: the judge's is not the one trained against
+            args.metric_for_best_model, args.greater_is_better = "judge_artifact_frequency", False
         if compute_metrics is not None and not callable(compute_metrics):
             raise TypeError(
                 f"`compute_metrics` is a {type(compute_metrics).__name__}, but must be a function `(images, prompts) -> dict`."
@@ -153,18 +159,21 @@ class TreatmentTrainer(RunTrainer):
                     self.rollout, args, [prompt for part in known for prompt in part], self.offline_prompts()
                 )
 
+        self.guards = Guards(args, self._deciding_figure())
         self.final_report: dict[str, Any] | None = None  # of the LoRA as it is, for its card; the caller's to set
 
         self._metrics = defaultdict(list)
         self._samples: list[tuple[str, int]] = []  # prompts and seeds since the last update, to name in an error
 
+        patience = args.early_stopping_patience
+        stopping = [] if patience is None else [EarlyStoppingCallback(patience)]
         super().__init__(
             model=self.rollout,
             args=args,
             data_collator=_collate,
             train_dataset=rows,
             eval_dataset=eval_dataset,
-            callbacks=[*(callbacks or []), _AfterStep(self)],
+            callbacks=[*(callbacks or []), *stopping, _AfterStep(self)],
             optimizers=optimizers,
         )
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
@@ -220,6 +229,13 @@ class TreatmentTrainer(RunTrainer):
             )
             for name, dataset in sets.items()
         }
+
+    def _deciding_figure(self) -> str:
+        """What says which weights are best where `metric_for_best_model` does not."""
+        if self.judge is not None:
+            return "judge_artifact_frequency"
+        detects = self.reward is not None and any(hasattr(part, "detector") for part in self.reward.rewards)
+        return "artifact_frequency" if detects else "reward"
 
     def _memory_errors_explained(self, doing: str) -> AbstractContextManager:
         return memory_errors_explained(self.args, self.rollout, doing, offline=len(self.offline_prompts()) > 0)
@@ -332,33 +348,111 @@ class TreatmentTrainer(RunTrainer):
             metrics |= measured
         return metrics
 
-    def _measure(self, held_out: HeldOut, prefix: str, treated: bool) -> dict[str, float]:
+    def _measure(self, held_out: HeldOut, prefix: str, treated: bool, logged: bool = True) -> dict[str, float]:
         """Generate and judge on all processes, and log the figures."""
         start, was_training = time.time(), self.model.training
         self.model.eval()
         samples = held_out.samples(treated, self.saved_step, self.accelerator)
-        figures = mean_figures(samples)
-        if self.image_metrics is not None:
-            extra = [None]
-            if self.is_world_process_zero():
-                extra = [dict(self.image_metrics(torch.stack([sample.image for sample in samples]), held_out.prompts))]
-            figures |= broadcast_object_list(extra)[0]
+        figures, extra = mean_figures(samples), [None]
+        name = next((name for name, known in self.held_out.items() if known is held_out), None)
+        # an evaluation before the first step is of a fresh LoRA, which changes nothing
+        untreated = not treated or (name not in self.guards.untreated and self.saved_step == 0)
+        if self.is_world_process_zero():
+            images = torch.stack([sample.image for sample in samples])
+            extra = [{}]
+            if name is not None:
+                extra[0] |= self.guards.measure(name, images, held_out.prompts, not untreated)
+            if self.image_metrics is not None:
+                extra[0] |= self.image_metrics(images, held_out.prompts)
+        figures |= broadcast_object_list(extra)[0]
+        if untreated and name is not None:
+            self.guards.remember(name, figures, len(samples), tuple(samples[0].image.shape[-2:]))
         metrics = {f"{prefix}_{name}": float(value) for name, value in figures.items()}
         metrics |= speed_metrics(prefix, start, num_samples=len(samples))
-        self.log(metrics)
+        if logged:
+            self.log(metrics)
         self.model.train(was_training)
         return metrics
 
     def _measure_untreated(self) -> None:
-        """Log the figures of the pipeline without the LoRA, on the same prompts and seeds as all evaluations, as step 0."""
-        measured = {}
+        """Figures of the pipeline without the LoRA, on the same prompts and seeds as all evaluations, logged as step 0.
+
+        A run that resumes from a checkpoint that does not know them measures them once more, and logs nothing.
+        """
+        measured, logged = {}, self.state.global_step == 0
         for name, held_out in self.held_out.items():
-            measured |= self._measure(held_out, _joined("eval", name), treated=False)
-        best = self.args.metric_for_best_model
-        if best is not None and f"eval_{best.removeprefix('eval_')}" not in measured:
-            raise ValueError(
-                f"`metric_for_best_model` is {best!r}, which no evaluation measures: there are {', '.join(sorted(measured))}."
+            measured |= self._measure(held_out, _joined("eval", name), treated=False, logged=logged)
+        for argument in ("metric_for_best_model", "fidelity_metric"):
+            figure = getattr(self.args, argument)
+            known = {key.removeprefix("eval_") for key in measured}
+            known |= {key.removeprefix(f"{name}_") for name in self.held_out for key in known if argument[0] == "f"}
+            if figure is not None and figure.removeprefix("eval_") not in known:
+                raise ValueError(
+                    f"`{argument}` is {figure!r}, which no evaluation measures: there are {', '.join(sorted(measured))}."
+                )
+
+    def _evaluate(self, *args, **kwargs):
+        metrics = super()._evaluate(*args, **kwargs)
+        self._heed(metrics)
+        return metrics
+
+    def _heed(self, metrics: dict[str, float]) -> None:
+        """Tell what the guards say of an evaluation, and do what `on_alarm` says."""
+        alarms, guards = self.guards.alarms(metrics), self.guards
+        guards.alarmed = len(alarms) > 0 and guards.keeps_weights
+        if not alarms:
+            if guards.keeps_weights:
+                with self.averaged_weights():
+                    guards.consider(self.state.global_step, metrics, self.trained_parameters)
+            return
+        for alarm in alarms:
+            logger.warning(
+                f"Alarm at step {self.state.global_step}: {alarm.text} (eval_{alarm.name} is {alarm.value:.4g}, its limit "
+                f"{alarm.limit:.4g})."
             )
+        told = {f"alarm/{alarm.name}": alarm.value for alarm in alarms}
+        told |= {f"alarm/{alarm.name}/limit": alarm.limit for alarm in alarms}
+        if guards.alarmed:
+            told["rollback/step"] = float(self._roll_back())
+        self.model.eval()  # the training's own figures wait for their line
+        self.log(told)
+        self.model.train()
+        self.write_report()
+
+    def _roll_back(self) -> int:
+        """Put the weights of the best evaluation back; stop, or go on with a lower rate. Returns the step of the weights.
+
+        Moments of the optimizer that were won on the way to the alarm would lead there again, and are forgotten with it.
+        """
+        best, guards = self.guards.best, self.guards
+        with torch.no_grad():
+            for parameter, weight in zip(self.trained_parameters, best.weights):
+                parameter.copy_(weight)
+        self._start_average()
+        self.optimizer.state.clear()
+        for held_out in self.held_out.values():
+            held_out.forget()
+        guards.rollbacks += 1
+        if self.args.on_alarm == "stop":
+            self.control.should_training_stop = True
+            self._best_step = best.step
+            logger.warning(f"The LoRA is that of step {best.step} again. Training stops.")
+        else:
+            self._scale_rate(RATE)
+            logger.warning(f"The LoRA is that of step {best.step} again. Training goes on with {RATE:g} of its rate.")
+        return best.step
+
+    def _scale_rate(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group |= {key: group[key] * factor for key in ("lr", "initial_lr") if key in group}
+        schedule = self.lr_scheduler
+        if isinstance(schedule, LambdaLR):
+            schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
+            schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _determine_best_metric(self, metrics, trial):
+        """An evaluation whose weights were taken back is never the best one."""
+        return False if self.guards.alarmed else super()._determine_best_metric(metrics, trial)
 
     def _draw(self, held_out: HeldOut, prefix: str, name: str) -> None:
         if self.is_world_process_zero() and self.args.log_images:
@@ -471,6 +565,20 @@ class TreatmentTrainer(RunTrainer):
                 self.average.optimization_step = read_record(folder / RECORD_FILE)["average_updates"]
             self._load_lora(folder / LIVE_LORA_FILE)
 
+        self.guards.load(folder)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self.guards.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and isinstance(
+            self.lr_scheduler, LambdaLR
+        ):  # its rate was computed from the arguments
+            self._scale_rate(RATE**self.guards.rollbacks if self.args.on_alarm == "rollback" else 1.0)
+
     def _load_best_model(self) -> None:
         folder = Path(self.state.best_model_checkpoint)
         logger.info(f"Loading the best LoRA, of {folder} ({self.state.best_metric}).")
@@ -550,8 +658,19 @@ class _AfterStep(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.final_report = None
-        if state.global_step == 0 and args.eval_strategy != "no" and not args.eval_on_start:
+        guards = self.trainer.guards
+        if state.global_step == 0:
+            guards.start()
+        evaluated = args.eval_strategy != "no"
+        if evaluated and not guards.untreated and not (state.global_step == 0 and args.eval_on_start):
             self.trainer._measure_untreated()
+        if evaluated and guards.keeps_weights and guards.best is None:
+            with self.trainer.averaged_weights():
+                before = guards.untreated[min(guards.untreated)].figures if guards.untreated else {}
+                figure = {f"eval_{guards.figure}": before[guards.figure]} if guards.figure in before else {}
+                guards.consider(
+                    state.global_step, figure if state.global_step == 0 else {}, self.trainer.trained_parameters
+                )
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if not self.looked_at_gradients:

@@ -14,6 +14,7 @@ from ..training import RunArguments
 
 LOWER_IS_BETTER = ("artifact_frequency", "max_confidence", "area_ratio", "loss")
 PIXEL_SELECTIONS = ("threshold", "mean", "max")
+ON_ALARM = ("log", "stop", "rollback")
 QUANTIZATIONS = ("int8", "nf4")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -61,6 +62,9 @@ class TreatmentConfig(RunArguments):
             (`"max"`) (paper, section 3.3 and ablation).
         pixel_threshold (`float`, *optional*, defaults to `0.1`):
             The threshold, in [0, 1) (paper).
+        pixel_clean_level (`float`, *optional*, defaults to `0.0`):
+            An image whose pixel penalty is below this is clean enough and gives no gradient, in [0, 1). With 0 (paper) that is
+            only one without a pixel above `pixel_threshold`.
         reward_weights (`list[float]`, *optional*):
             One weight for each reward function; 1 each without it.
 
@@ -109,15 +113,39 @@ class TreatmentConfig(RunArguments):
 
         eval_num_images (`int`, *optional*, defaults to `32`):
             Images per evaluation. Prompts are taken in order, and again with further seeds if there are fewer.
+        eval_seeds_per_prompt (`int`, *optional*, defaults to `1`):
+            How often a prompt is taken before the next one. From 2 on, or with fewer prompts than images, `eval_diversity` is
+            measured: how much the seeds of a prompt differ.
         eval_seed (`int`, *optional*, defaults to `1234`):
             Image i of an evaluation starts from the noise of seed `eval_seed + i`, at every step and in every run.
         log_images (`int`, *optional*, defaults to `4`):
             How many of them are drawn, with heatmaps, before and after, in the picture of each evaluation. 0 for none.
 
+        > Parameters of the guards, which look at every evaluation; see the page "Guards"
+
+        on_alarm (`str`, *optional*, defaults to `"log"`):
+            What an alarm leads to (ours): `"log"`, nothing but a warning, a line in the log and in the report; `"stop"`, the LoRA
+            of the best evaluation without an alarm is put back and training stops; `"rollback"`, it is put back and training goes
+            on with half the learning rate. The last two keep a copy of the LoRA in memory and in every checkpoint.
+        spectral_alarm (`float`, *optional*, defaults to `3.0`):
+            Alarm where a pattern that the images have in common, a grid or stripes, has grown by more than this over the untreated
+            ones, in dB (ours). `None` for no alarm.
+        diversity_alarm (`float`, *optional*, defaults to `0.5`):
+            Alarm where the diversity between seeds is less than this share of the untreated pipeline's (ours). `None` for no alarm.
+        fidelity_metric (`str`, *optional*):
+            Name of a figure that says how well images fit their prompts, higher is better: one of `compute_metrics`, or
+            `rewards/<name>`.
+        fidelity_alarm (`float`, *optional*, defaults to `0.05`):
+            Alarm where it falls by more than this share of the untreated pipeline's (ours).
+        early_stopping_patience (`int`, *optional*):
+            Stop after so many evaluations in a row without a better `metric_for_best_model` (transformers'
+            `EarlyStoppingCallback`).
+
     These defaults differ from [`~transformers.TrainingArguments`]: `learning_rate` 1e-4 (paper), `lr_scheduler_type`
     `"constant"` (ours), `per_device_train_batch_size` 4 (release), `logging_steps` 10, `remove_unused_columns` `False`,
     `bf16`, which is on where a GPU supports it and off elsewhere unless it is set, and `metric_for_best_model`, which is
-    `"artifact_frequency"` wherever one is needed; for that figure and its like lower is better.
+    `"artifact_frequency"`, or `"judge_artifact_frequency"` where the trainer has a judge, wherever one is needed; for that figure
+    and its like lower is better.
     """
 
     best_metric = "artifact_frequency"  # where one is needed and none is named
@@ -151,6 +179,10 @@ class TreatmentConfig(RunArguments):
         default="threshold", metadata={"help": "Penalised pixels: threshold (paper), mean or max."}
     )
     pixel_threshold: float = field(default=0.1, metadata={"help": "Confidence that selects a pixel (paper: 0.1)."})
+    pixel_clean_level: float = field(
+        default=0.0,
+        metadata={"help": "Pixel penalty below which an image gives no gradient (paper: 0, no pixel is selected)."},
+    )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight for each reward function; 1 each without it."}
     )
@@ -198,8 +230,32 @@ class TreatmentConfig(RunArguments):
 
     # --- evaluation
     eval_num_images: int = field(default=32, metadata={"help": "Images per evaluation."})
+    eval_seeds_per_prompt: int = field(
+        default=1, metadata={"help": "Images of a prompt before the next one; from 2 on diversity is measured."}
+    )
     eval_seed: int = field(default=1234, metadata={"help": "Image i of an evaluation has the seed eval_seed + i."})
     log_images: int = field(default=4, metadata={"help": "Images in the picture of each evaluation; 0 for none."})
+
+    # --- guards
+    on_alarm: str = field(
+        default="log",
+        metadata={"help": "What an alarm leads to: log, stop or rollback; the last two go back to the best weights."},
+    )
+    spectral_alarm: float | None = field(
+        default=3.0, metadata={"help": "Alarm where a grid in the images has grown by more than this, in dB."}
+    )
+    diversity_alarm: float | None = field(
+        default=0.5, metadata={"help": "Alarm where the diversity of seeds is below this share of the untreated."}
+    )
+    fidelity_metric: str | None = field(
+        default=None, metadata={"help": "Figure that says how well images fit their prompts; none without it."}
+    )
+    fidelity_alarm: float = field(
+        default=0.05, metadata={"help": "Alarm where that figure falls by more than this share."}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better metric_for_best_model."}
+    )
 
     # --- other defaults than those of `TrainingArguments`
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate (paper: 1e-4)."})
@@ -226,11 +282,13 @@ class TreatmentConfig(RunArguments):
             self.activation_checkpointing = self.gradient_checkpointing is not False
         self.gradient_checkpointing = self.activation_checkpointing
         # The parent would look for a loss, and think that more artifacts are better.
-        picks = self.load_best_model_at_end or self.save_strategy == "best"
+        picks = self.load_best_model_at_end or self.save_strategy == "best" or self.early_stopping_patience is not None
+        self.best_metric_is_ours = False
         if self.metric_for_best_model is None and (
             picks or self.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")
         ):
             self.metric_for_best_model = self.best_metric
+            self.best_metric_is_ours = True
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
         super().__post_init__()
@@ -258,6 +316,7 @@ class TreatmentConfig(RunArguments):
             "per_device_eval_batch_size",
             "gradient_accumulation_steps",
             "eval_num_images",
+            "eval_seeds_per_prompt",
         ):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("height", "width", "resolution", "max_sequence_length", "lora_alpha"):
@@ -270,6 +329,19 @@ class TreatmentConfig(RunArguments):
         _require(self, "reward_weights", finite, "a weight of at least 0 for each reward function")
         _require(self, "pixel_selection", self.pixel_selection in PIXEL_SELECTIONS, f"one of {PIXEL_SELECTIONS}")
         _require(self, "pixel_threshold", 0 <= self.pixel_threshold < 1, "in [0, 1)")
+        _require(self, "pixel_clean_level", 0 <= self.pixel_clean_level < 1, "in [0, 1)")
+        _require(self, "on_alarm", self.on_alarm in ON_ALARM, f"one of {ON_ALARM}")
+        for name in ("spectral_alarm", "diversity_alarm"):
+            value = getattr(self, name)
+            _require(self, name, value is None or (math.isfinite(value) and value >= 0), "at least 0, or None")
+        _require(self, "fidelity_alarm", math.isfinite(self.fidelity_alarm) and self.fidelity_alarm >= 0, "at least 0")
+        patience = self.early_stopping_patience
+        _require(self, "early_stopping_patience", patience is None or patience >= 1, "at least 1, or left out")
+        if patience is not None and self.eval_strategy == "no":
+            raise ValueError(
+                f"`early_stopping_patience` is {patience}, but `eval_strategy` is 'no', so that nothing is ever measured. Set "
+                "`eval_strategy` and `eval_steps`."
+            )
         _require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "in [0, 1)")
         targets = self.lora_target_modules
         _require(

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ..evaluation import area_ratio, before_after_grid, image_grid, max_confidence, plot_curves
-from ..evaluation.report import Figure, Picture, Section, html_report
+from ..evaluation.report import Figure, Picture, Section, Table, html_report
 from ..rewards import RewardOutput
 
 
@@ -111,6 +111,19 @@ def show_in_trackers(callbacks: Sequence[Any], tag: str, picture: Image.Image, s
             wandb.log({tag: wandb.Image(picture), "train/global_step": step})
 
 
+def _alarms(log_history: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """(step, figure, value, limit, what followed) of each alarm in the log."""
+    rows = []
+    for entry in log_history:
+        back = entry.get("rollback/step")
+        followed = "nothing" if back is None else f"back to the LoRA of step {back:.0f}"
+        for key, value in entry.items():
+            if key.startswith("alarm/") and f"{key}/limit" in entry:
+                figure = key.removeprefix("alarm/").replace("_", " ")
+                rows.append((str(entry["step"]), figure, f"{value:.4g}", f"{entry[f'{key}/limit']:.4g}", followed))
+    return rows
+
+
 def write_training_report(output_dir: str | Path, log_history: Sequence[Mapping[str, Any]], title: str) -> Path:
     """`training_report.html`: how the figures moved from the first evaluation to the last, the curves, the newest pictures."""
     output_dir = Path(output_dir)
@@ -127,7 +140,13 @@ def write_training_report(output_dir: str | Path, log_history: Sequence[Mapping[
             steps = f"{f'step {first_step}' if first_step else 'untreated'} → step {last_step}"
             tone = "plain" if first == last else "good" if better else "bad"
             figures.append(Figure(label, shape.format(first, last), f"{steps}, {judged_by}", tone))
+    alarms = _alarms(log_history)
+    if any("spectral_growth" in key for row in log_history for key in row):
+        note = f"the first at step {alarms[0][0]}" if alarms else "of the guards, in all evaluations"
+        figures.append(Figure("Alarms", str(len(alarms)), note, "bad" if alarms else "good"))
     sections = []
+    if alarms:
+        sections.append(Section("Alarms", table=Table(("step", "figure", "value", "limit", "what followed"), alarms)))
     curves = plot_curves(log_history, output_dir / "curves.png")
     if curves is not None:
         sections.append(Section("Curves", pictures=[Picture(curves)], wide=True))

@@ -15,7 +15,7 @@ class HeldOut:
 
     Args:
         prompts: texts; taken in order, and again with further seeds if there are fewer than `args.eval_num_images`.
-        args: `eval_num_images`, `eval_seed` and `log_images` of the configuration.
+        args: `eval_num_images`, `eval_seeds_per_prompt`, `eval_seed` and `log_images` of the configuration.
         examine: `(prompts, seeds, treated) -> samples`, generates and judges on this process.
 
     Attributes:
@@ -28,7 +28,8 @@ class HeldOut:
         args: TreatmentConfig,
         examine: Callable[[list[str], list[int], bool], list[Sample]],
     ):
-        self.prompts = [prompts[i % len(prompts)] for i in range(args.eval_num_images)]
+        each = args.eval_seeds_per_prompt
+        self.prompts = [prompts[i // each % len(prompts)] for i in range(args.eval_num_images)]
         self.seeds = [args.eval_seed + i for i in range(args.eval_num_images)]
         self._examine, self._count = examine, min(args.log_images, args.eval_num_images)
         self._before: list[Sample] | None = None
@@ -49,6 +50,10 @@ class HeldOut:
         if self._after is None or self._after[0] != step:
             self._keep(self._first(treated=True), treated=True, step=step)
         return self._before, self._after[1]
+
+    def forget(self) -> None:
+        """The LoRA is another one than that of the last images, though its step may be the same."""
+        self._after = None
 
     def _first(self, treated: bool) -> list[Sample]:
         return self._examine(self.prompts[: self._count], self.seeds[: self._count], treated)

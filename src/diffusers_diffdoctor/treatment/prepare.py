@@ -92,7 +92,11 @@ def _from_pretrained(pipeline: str | os.PathLike, dtype: torch.dtype, quantizati
 def build_reward(funcs: RewardFunc | list[RewardFunc], args: TreatmentConfig) -> CombinedReward:
     """One function or several, with the weights and the pixel selection of the configuration."""
     funcs = list(funcs) if isinstance(funcs, (list, tuple)) else [funcs]
-    selection = {"selection": args.pixel_selection, "threshold": args.pixel_threshold}
+    selection = {
+        "selection": args.pixel_selection,
+        "threshold": args.pixel_threshold,
+        "clean_level": args.pixel_clean_level,
+    }
     reward = CombinedReward(funcs, args.reward_weights, **selection)
     for part in reward.rewards:
         check_detector(getattr(part, "detector", None), "reward_funcs")
