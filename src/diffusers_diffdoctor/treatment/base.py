@@ -343,9 +343,9 @@ class TreatmentTrainer(RunTrainer):
             prefix = _joined(metric_key_prefix, name)
             measured = self._measure(held_out, prefix, treated=True)
             self._draw(held_out, metric_key_prefix, name)
-            self.write_report()
             self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, measured)
             metrics |= measured
+        self.write_report()
         return metrics
 
     def _measure(self, held_out: HeldOut, prefix: str, treated: bool, logged: bool = True) -> dict[str, float]:
