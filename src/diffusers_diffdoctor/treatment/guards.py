@@ -126,7 +126,9 @@ class Guards:
 
     def remember(self, name: str, figures: Mapping[str, float], count: int, size: tuple[int, int]) -> None:
         """The figures of the untreated images of a set."""
-        self.untreated.setdefault(name, Untreated({}, count, size)).figures = dict(figures)
+        self.untreated.setdefault(name, Untreated({}, count, size)).figures = {
+            figure: float(value) for figure, value in figures.items()
+        }
 
     # --- what is thought of it -----------------------------------------------------------------------------------------------
 
