@@ -208,7 +208,7 @@ def _check_loadable(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_lora(pipeline, denoiser_name, folder)
-            _load_plain(plain, denoiser_name, folder)
+            load_saved_lora(plain, denoiser_name, folder)
         except Exception as error:  # whatever a library raises for a configuration that it does not know
             raise ValueError(
                 f"`peft_config` makes an adapter that cannot be saved and loaded again: {error} {remedy}"
@@ -222,8 +222,8 @@ def _check_loadable(pipeline: DiffusionPipeline, denoiser_name: str) -> None:
         )
 
 
-def _load_plain(pipeline: DiffusionPipeline, denoiser_name: str, folder: str) -> None:
-    """What [`loading_call`] says, into a denoiser without weights."""
+def load_saved_lora(pipeline: DiffusionPipeline, denoiser_name: str, folder: str) -> None:
+    """What [`loading_call`] says: the LoRA of a folder upon a plain pipeline, its weights on "meta" or not."""
     form, denoiser = _form(pipeline, denoiser_name), getattr(pipeline, denoiser_name)
     if form == "pipeline":
         pipeline.load_lora_weights(folder, low_cpu_mem_usage=True)
