@@ -26,7 +26,7 @@ from diffusers_diffdoctor.miniature.judge import MiniatureJudge
 from diffusers_diffdoctor.miniature.renderer import PRONE_CATEGORIES
 from diffusers_diffdoctor.rewards import ArtifactReward
 from diffusers_diffdoctor.treatment.examine import write_training_report
-from diffusers_diffdoctor.treatment.guards import seed_diversity
+from diffusers_diffdoctor.treatment.guards import Guards, Untreated, seed_diversity
 
 
 EVERY_STEP = {"eval_strategy": "steps", "eval_steps": 1, "max_steps": 4, "eval_num_images": 4}
@@ -190,6 +190,19 @@ def test_the_judge_decides_where_nobody_chose_a_figure(tmp_path):
     assert alone.args.metric_for_best_model == "artifact_frequency"
     chosen = tiny_trainer(tmp_path, parts=parts, metric_for_best_model="reward", **common)
     assert chosen.args.metric_for_best_model == "reward"
+
+
+def test_the_best_weights_are_those_of_the_best_figure(tmp_path):
+    """Of one set, of the mean of several, and never of a figure that is not a number."""
+    one, several = (Guards(tiny_args(tmp_path, on_alarm="rollback"), "judge_artifact_frequency") for _ in range(2))
+    several.untreated = {"hands": Untreated({}, 1, (16, 16)), "faces": Untreated({}, 1, (16, 16))}
+    for step, (first, second) in enumerate([(math.nan, 0.1), (0.3, 0.5), (0.2, 0.4), (0.1, 0.6), (math.nan, 0.0)]):
+        weights = [torch.tensor([float(step)])]
+        one.consider(step, {"eval_judge_artifact_frequency": first}, weights)
+        names = ("eval_hands_judge_artifact_frequency", "eval_faces_judge_artifact_frequency")
+        several.consider(step, dict(zip(names, (first, second))), weights)
+    assert (one.best.step, one.best.figure, one.best.weights[0].item()) == (3, 0.1, 3.0)
+    assert several.best.step == 2 and several.best.figure == pytest.approx(0.3)
 
 
 def test_a_run_without_gain_stops(tmp_path):

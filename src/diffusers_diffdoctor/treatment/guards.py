@@ -7,6 +7,7 @@ does what it would have done.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -162,11 +163,21 @@ class Guards:
 
     def consider(self, step: int, metrics: Mapping[str, float], weights: Sequence[torch.Tensor]) -> None:
         """Keep the weights of an evaluation without an alarm if they are not worse than the best so far."""
-        figure = metrics.get(f"eval_{self.figure}")
+        figure = self._deciding(metrics)
         best = None if self.best is None else self.best.figure
+        if figure is not None and not math.isfinite(figure):
+            return
         better = best is None or figure is None or (figure >= best if self.greater_is_better else figure <= best)
         if better:
             self.best = Best(step, figure, [weight.detach().cpu().clone() for weight in weights])
+
+    def _deciding(self, metrics: Mapping[str, float]) -> float | None:
+        """The value of the figure that decides; its mean over the sets of held-out prompts, where each has its own."""
+        if f"eval_{self.figure}" in metrics:
+            return metrics[f"eval_{self.figure}"]
+        names = [f"eval_{name}_{self.figure}" for name in self.untreated]
+        values = [metrics[name] for name in names if name in metrics]
+        return math.fsum(values) / len(values) if values else None
 
     # --- checkpoints ---------------------------------------------------------------------------------------------------------
 
