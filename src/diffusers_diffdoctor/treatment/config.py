@@ -181,7 +181,7 @@ class TreatmentConfig(RunArguments):
     pixel_threshold: float = field(default=0.1, metadata={"help": "Confidence that selects a pixel (paper: 0.1)."})
     pixel_clean_level: float = field(
         default=0.0,
-        metadata={"help": "Pixel penalty below which an image gives no gradient (paper: 0, no pixel is selected)."},
+        metadata={"help": "Pixel penalty below which an image gives no gradient; 0: only without a selected pixel."},
     )
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "One weight for each reward function; 1 each without it."}
