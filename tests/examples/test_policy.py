@@ -30,6 +30,7 @@ def start(example, folder, *arguments):
     return done.stdout, [json.loads(line) for line in (folder / "out/metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_ddpo(tmp_path):
     said, log = start("ddpo", tmp_path, "--reward", "reward.py:score", "--num_images_per_prompt", "2")
     assert "rollouts of 4 images of 64x64 pixels, 2 of a prompt, in 2 steps" in said

@@ -141,7 +141,7 @@ def test_stop_ends_the_run_with_the_best_weights(tmp_path):
     assert trainer.saved_step == best
 
 
-@pytest.mark.parametrize("average", [None, 0.5])
+@pytest.mark.parametrize("average", [0.5, pytest.param(None, marks=pytest.mark.slow)])
 def test_what_follows_an_alarm_is_the_same_after_a_resume(tmp_path, average):
     common = {"save_strategy": "steps", "save_steps": 1, "on_alarm": "rollback", "ema_decay": average}
     common |= {"lr_scheduler_type": "cosine", "lora_dropout": 0.2}
