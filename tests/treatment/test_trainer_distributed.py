@@ -64,10 +64,10 @@ def launch(folder, placement, *arguments):
 
 @pytest.fixture(
     scope="module",
-    params=["last", pytest.param("sparse", marks=pytest.mark.slow), pytest.param("draft_lv", marks=pytest.mark.slow)],
+    params=["last", pytest.param("sparse", marks=pytest.mark.slow)],
 )
 def both(tmp_path_factory, request):
-    """Two processes and one, with gradient in the last steps, in steps drawn at random, and with noise drawn again."""
+    """Two processes and one, with gradient in the last steps, and in steps drawn at random, each alone."""
     folder, run = tmp_path_factory.mktemp("distributed"), RUN | {"gradient_placement": request.param}
     ranks = launch(folder, request.param)
     one = tiny_trainer(folder / "one", parts=PARTS | {"judge": tiny_detector(7)}, per_device_train_batch_size=2, **run)
